@@ -1,0 +1,23 @@
+"""Baton: language models served from separate prefill and decode services."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from baton.llm import LLM
+    from common.engine.sampling_params import SamplingParams
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # Resolved on first use: the gateway and the kvstore import baton.v1 and must not load torch.
+    if name == "LLM":
+        from baton.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from common.engine.sampling_params import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module 'baton' has no attribute {name!r}")

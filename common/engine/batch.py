@@ -1,0 +1,27 @@
+"""The tensors of one step, built once and then only read."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tokens of all sequences of a step, laid end to end.
+
+    token_ids     [num_tokens]                int64
+    positions     [num_tokens]                int64, index of the token in its sequence
+    slot_mapping  [num_tokens]                int64, block_id * block_size + offset: where KV goes
+    query_start   num_sequences + 1 ints      sequence i's tokens are [query_start[i], query_start[i+1])
+    context_len   num_sequences ints          tokens to attend to, those of this step included
+    block_table   [num_sequences, max_blocks] int32, -1 past the end
+    logit_rows    [num_logits]                int64, rows of token_ids whose logits are wanted
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    query_start: tuple[int, ...]
+    context_len: tuple[int, ...]
+    block_table: torch.Tensor
+    logit_rows: torch.Tensor

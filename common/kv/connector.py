@@ -1,0 +1,104 @@
+"""The KV connector API: how blocks come from elsewhere and go elsewhere.
+
+One class with two sides and the method names that authors of vLLM connectors know. Every method
+is called on the engine's thread, between steps or around one, and must not block: a connector does
+its input and output on threads or loops of its own, and calls `wake` when there is something to
+collect. Because pages are written on the engine's thread only, after the connector has checked that
+their owner still lives, bytes that arrive late cannot land in a page that was given away.
+
+Order of calls in one turn of the engine:
+  get_finished, get_block_ids_with_load_errors      collect what arrived and what failed
+  get_num_new_matched_tokens, update_state_after_alloc   for each sequence that asks to be admitted
+  build_connector_meta, start_load_kv               begin loads, tell the worker side of the step
+  wait_for_layer_load, save_kv_layer                around each layer (a connector may ignore them)
+  wait_for_save                                     the step's KV is in the pages
+  request_finished                                  before the blocks of a sequence are released
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from common.kv.layout import KVLayout
+
+if TYPE_CHECKING:
+    import torch
+
+    from common.engine.sequence import Sequence, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class KVCaches:
+    """What a connector may touch: `cache` is uint8 `[num_blocks, block_bytes]`; `fingerprint`
+    identifies whose KV it is; `wake()` may be called from any thread."""
+
+    cache: "torch.Tensor"
+    layout: KVLayout
+    fingerprint: bytes
+    wake: Callable[[], None]
+
+
+class KVConnector:
+    """Base of all connectors: does nothing, which is a correct connector."""
+
+    # Scheduler side -----------------------------------------------------------------------
+
+    def get_num_new_matched_tokens(
+        self, sequence: "Sequence", num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """Tokens beyond `num_computed_tokens` (a multiple of the block size) that can be loaded,
+        and whether loading happens between steps (True: the sequence waits in LOADING until
+        get_finished names it). None: not known yet, ask again after the next wake."""
+        return 0, False
+
+    def update_state_after_alloc(
+        self, sequence: "Sequence", block_ids: list[int], num_external_tokens: int
+    ) -> None:
+        """`block_ids` is the sequence's whole block table; the last `num_external_tokens` of the
+        tokens it covers are to be loaded."""
+
+    def build_connector_meta(self, plan: "StepPlan | None") -> Any:
+        """What the worker side needs for this step; None plan when only loads are pending."""
+        return None
+
+    def request_finished(self, sequence: "Sequence", block_ids: list[int]) -> bool:
+        """The sequence ended or was aborted. True: keep its blocks until get_finished names it
+        among those done sending."""
+        return False
+
+    def take_events(self) -> dict[str, int]:
+        """Counters since the last call, by name."""
+        return {}
+
+    def open_handoffs(self) -> int:
+        """Transfers under way."""
+        return 0
+
+    # Worker side --------------------------------------------------------------------------
+
+    def register_kv_caches(self, caches: KVCaches) -> None:
+        """Called once, before any other method."""
+
+    def start_load_kv(self, meta: Any) -> None:
+        """Begin the loads of this step."""
+
+    def wait_for_layer_load(self, layer: int) -> None:
+        """Before a layer reads its KV."""
+
+    def save_kv_layer(self, layer: int) -> None:
+        """After a layer wrote its KV."""
+
+    def wait_for_save(self) -> None:
+        """After the step: everything to be saved was copied or is held by request_finished."""
+
+    def get_finished(self, finished_request_ids: set[str]) -> tuple[set[str], set[str]]:
+        """Ids of the requests done sending and of those done loading since the last call."""
+        return set(), set()
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks whose load failed since the last call; their requests are also among those done
+        loading, and the engine recomputes from the first failed block on."""
+        return set()
+
+    def shutdown(self) -> None:
+        """Release everything. Called once, with no request left."""

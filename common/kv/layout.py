@@ -1,0 +1,43 @@
+"""The bytes of a KV block. Imports no torch: the store and the tests use it too."""
+
+from dataclasses import dataclass
+
+LAYOUT_VERSION = 1
+
+# Bytes of one element; fp8_e4m3 has one float32 scale for each token and head beside it.
+ELEMENT_BYTES = {"float32": 4, "bf16": 2, "fp8_e4m3": 1}
+SCALE_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """Payload `[layer][k|v][kv_head][token][head_dim]`, contiguous, then, where the dtype has
+    them, float32 scales `[layer][k|v][kv_head][token]`. One block is `block_bytes` bytes."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    kv_dtype: str
+
+    @property
+    def payload_elements(self) -> int:
+        return self.num_layers * 2 * self.num_kv_heads * self.block_size * self.head_dim
+
+    @property
+    def scale_elements(self) -> int:
+        if self.kv_dtype != "fp8_e4m3":
+            return 0
+        return self.num_layers * 2 * self.num_kv_heads * self.block_size
+
+    @property
+    def payload_bytes(self) -> int:
+        return self.payload_elements * ELEMENT_BYTES[self.kv_dtype]
+
+    @property
+    def block_bytes(self) -> int:
+        return self.payload_bytes + self.scale_elements * SCALE_BYTES
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that hold this many tokens."""
+        return -(-tokens // self.block_size)

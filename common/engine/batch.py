@@ -12,7 +12,7 @@ class Batch:
     token_ids     [num_tokens]                int64
     positions     [num_tokens]                int64, index of the token in its sequence
     slot_mapping  [num_tokens]                int64, block_id * block_size + offset: where KV goes
-    query_start   num_sequences + 1 ints      sequence i's tokens are [query_start[i], query_start[i+1])
+    query_start   num_sequences + 1 ints      sequence i's tokens: query_start[i] to [i + 1]
     context_len   num_sequences ints          tokens to attend to, those of this step included
     block_table   [num_sequences, max_blocks] int32, -1 past the end
     logit_rows    [num_logits]                int64, rows of token_ids whose logits are wanted

@@ -1,0 +1,57 @@
+"""The KV cache of a worker: one uint8 tensor of blocks, and typed views of it."""
+
+import mmap
+import os
+
+import torch
+
+from common.errors import ConfigError
+from common.kv.layout import KVLayout
+
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp8_e4m3": torch.float8_e4m3fn,
+}
+# The padding block: in nobody's table, so whatever padding points at is never somebody's KV.
+NULL_BLOCK = 0
+
+
+class KVCache:
+    """Blocks in the format of common/kv/layout.py, and what kernels see of them.
+
+    data        [num_blocks, block_bytes]                                   uint8
+    payload[l]  [num_blocks, 2, kv_heads, block_size, head_dim] of layer l, the KV dtype
+    scales[l]   [num_blocks, 2, kv_heads, block_size] of layer l, float32; None where the dtype
+                has none
+    All are views of `data`: bytes that land there are what attention reads.
+    """
+
+    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.data = _zeros(num_blocks * layout.block_bytes, device).view(num_blocks, -1)
+        shape = (num_blocks, layout.num_layers, 2, layout.num_kv_heads, layout.block_size)
+        payload = self.data[:, : layout.payload_bytes].view(TORCH_DTYPES[layout.kv_dtype])
+        self.payload = payload.view(*shape, layout.head_dim).unbind(1)
+        self.scales: tuple[torch.Tensor, ...] | None = None
+        if layout.scale_elements:
+            scales = self.data[:, layout.payload_bytes :].view(torch.float32)
+            self.scales = scales.view(shape).unbind(1)
+
+
+def _zeros(size: int, device: torch.device) -> torch.Tensor:
+    try:
+        if device.type != "cpu":
+            return torch.zeros(size, dtype=torch.uint8, device=device)
+        # Anonymous memory is zero and costs nothing until touched, unlike torch.zeros, so that a
+        # big cache does not slow the start of a worker that uses little of it. The system may
+        # promise more than it has, hence the look at what it has.
+        if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            raise MemoryError("more than this machine's memory")
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        raise ConfigError(
+            f"the KV cache of {size} bytes does not fit on {device} ({error}); "
+            "lower kv_cache_bytes, num_blocks, max_num_seqs or max_model_len"
+        ) from error

@@ -1,0 +1,389 @@
+"""What a model is (`config.json`) and how an engine runs it. Imports no torch: the gateway uses it.
+
+Every refusal names the file or the setting, the value found, and what to do about it.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import CheckpointError, ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16")
+KV_DTYPES = ("auto", "float32", "bf16", "fp8_e4m3")
+ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+# Real configurations are a few KiB; a bigger file is not one.
+MAX_JSON_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary embedding settings. `factor` and what follows matter to the scaled kinds only.
+
+    kind                default | linear | llama3 | yarn
+    original_max_len    positions the model was trained on before scaling, tokens
+    attention_factor    yarn: multiplies cos and sin; None: derived from factor and the mscales
+    """
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    original_max_len: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A dense decoder as its `config.json` and `generation_config.json` describe it.
+
+    architecture   class name in `architectures`, e.g. LlamaForCausalLM
+    layer_windows  for each layer the number of most recent tokens it attends to (the current one
+                   included), None for all
+    eos_token_ids  tokens that end a sequence, of both files
+    torch_dtype    dtype the checkpoint names: float32, bfloat16 or float16
+    """
+
+    architecture: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    layer_windows: tuple[int | None, ...]
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    torch_dtype: str
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def from_folder(cls, path: Path | str) -> "ModelConfig":
+        """Reads and checks `config.json` (and `generation_config.json` where there is one).
+
+        Raises CheckpointError for a folder that cannot be served.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder}: no such folder; give the path of a local Hugging Face model folder "
+                "(with config.json and *.safetensors)"
+            )
+        return _parse(_Reader(folder / "config.json"), _generation_eos(folder))
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the matrices; norms and biases are left out."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
+        return self.num_layers * (attention + mlp) + embeddings
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """What an architecture fixes beyond its config.json."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+FAMILIES = {
+    "LlamaForCausalLM": _Family(),
+    "MistralForCausalLM": _Family(),
+    "Qwen2ForCausalLM": _Family(qkv_bias=True),
+    "Qwen3ForCausalLM": _Family(qk_norm=True),
+}
+
+
+class _Reader:
+    """One JSON object of a file, read field by field with checks that name file and field."""
+
+    def __init__(self, path: Path, raw: dict[str, Any] | None = None, prefix: str = "") -> None:
+        self.path = path
+        self.prefix = prefix
+        self.raw = read_json(path) if raw is None else raw
+
+    def fail(self, name: str, want: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: {self.prefix}{name} is {self.raw.get(name)!r}, must be {want}"
+        )
+
+    def integer(self, name: str, default: int | None = None, *, low: int = 1) -> int:
+        value = self.raw.get(name)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**31:
+            raise self.fail(name, f"an integer of at least {low}")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self.raw.get(name)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e12:
+            raise self.fail(name, "a positive number")
+        return float(value)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        value = self.raw.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.fail(name, "true or false")
+        return value
+
+    def section(self, name: str) -> "_Reader | None":
+        value = self.raw.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.fail(name, "an object")
+        return _Reader(self.path, value, f"{self.prefix}{name}.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises CheckpointError naming it."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES and not path.name.endswith(".index.json"):
+            raise CheckpointError(f"{path}: {size} bytes; a configuration is a few KiB")
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); is the download of this folder complete?"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: not valid JSON ({error}); download the file again"
+        ) from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, holds a {type(raw).__name__}")
+    return raw
+
+
+def _parse(reader: _Reader, generation_eos: tuple[int, ...]) -> ModelConfig:
+    architecture = _architecture(reader)
+    family = FAMILIES[architecture]
+    if reader.raw.get("quantization_config") is not None:
+        raise CheckpointError(
+            f"{reader.path}: quantization_config is set; quantized checkpoints are not served by "
+            "this version, use the unquantized (bfloat16) checkpoint of the model"
+        )
+    if reader.raw.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise reader.fail("hidden_act", "silu, the one activation these models are served with")
+    heads = reader.integer("num_attention_heads")
+    kv_heads = reader.integer("num_key_value_heads", heads)
+    hidden = reader.integer("hidden_size")
+    if heads % kv_heads:
+        raise reader.fail("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
+    if reader.raw.get("head_dim") is None and hidden % heads:
+        raise reader.fail("hidden_size", f"a multiple of num_attention_heads ({heads})")
+    head_dim = reader.integer("head_dim", hidden // heads)
+    if head_dim % 2:
+        raise reader.fail("head_dim", "even: rotary embeddings turn pairs")
+    max_positions = reader.integer("max_position_embeddings")
+    layers = reader.integer("num_hidden_layers")
+    attention_bias = reader.flag("attention_bias")
+    own_eos = _token_ids(reader, "eos_token_id")
+    return ModelConfig(
+        architecture=architecture,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        hidden_size=hidden,
+        intermediate_size=reader.integer("intermediate_size"),
+        vocab_size=reader.integer("vocab_size"),
+        max_position_embeddings=max_positions,
+        rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
+        rope=_rope(reader, max_positions),
+        layer_windows=_windows(reader, architecture, layers),
+        tie_word_embeddings=reader.flag("tie_word_embeddings"),
+        qkv_bias=family.qkv_bias or attention_bias,
+        output_bias=attention_bias and not family.qkv_bias,
+        mlp_bias=reader.flag("mlp_bias"),
+        qk_norm=family.qk_norm,
+        torch_dtype=_dtype(reader),
+        eos_token_ids=tuple(dict.fromkeys(own_eos + generation_eos)),
+    )
+
+
+def _architecture(reader: _Reader) -> str:
+    names = reader.raw.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in list(FAMILIES):
+        raise reader.fail("architectures", f"one of {', '.join(sorted(FAMILIES))}")
+    return names[0]
+
+
+def _dtype(reader: _Reader) -> str:
+    # transformers 5 writes `dtype`, earlier versions `torch_dtype`.
+    name = "dtype" if reader.raw.get("dtype") is not None else "torch_dtype"
+    value = reader.raw.get(name)
+    if value is None:
+        return "float32"
+    if value not in ("float32", "bfloat16", "float16"):
+        raise reader.fail(name, "float32, bfloat16 or float16")
+    return value
+
+
+def _rope(reader: _Reader, max_positions: int) -> RopeConfig:
+    # transformers 5 has one section with rope_theta in it, earlier versions two fields.
+    section = reader.section("rope_parameters") or reader.section("rope_scaling")
+    theta = reader.number("rope_theta", 10000.0)
+    if reader.raw.get("partial_rotary_factor", 1.0) not in (1, None):
+        raise reader.fail("partial_rotary_factor", "1")
+    if section is None:
+        return RopeConfig(theta=theta)
+    theta = section.number("rope_theta", theta)
+    kind = section.raw.get("rope_type", section.raw.get("type", "default"))
+    if kind not in ROPE_KINDS:
+        raise CheckpointError(
+            f"{reader.path}: {section.prefix}rope_type is {kind!r}; "
+            f"this version serves {', '.join(ROPE_KINDS)}"
+        )
+    if section.raw.get("partial_rotary_factor", 1.0) not in (1, None):
+        raise section.fail("partial_rotary_factor", "1")
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    factor = section.number("factor")
+    if kind == "linear":
+        return RopeConfig(theta=theta, kind=kind, factor=factor)
+    original = section.integer("original_max_position_embeddings", max_positions)
+    if kind == "llama3":
+        low, high = section.number("low_freq_factor"), section.number("high_freq_factor")
+        if low >= high:
+            raise section.fail("low_freq_factor", f"under high_freq_factor ({high:g})")
+        return RopeConfig(theta, kind, factor, original, low_freq_factor=low, high_freq_factor=high)
+    return _yarn(section, theta, factor, original)
+
+
+def _yarn(section: _Reader, theta: float, factor: float, original: int) -> RopeConfig:
+    attention_factor = section.raw.get("attention_factor")
+    return RopeConfig(
+        theta=theta,
+        kind="yarn",
+        factor=factor,
+        original_max_len=original,
+        beta_fast=section.number("beta_fast", 32.0),
+        beta_slow=section.number("beta_slow", 1.0),
+        attention_factor=None if attention_factor is None else section.number("attention_factor"),
+        mscale=section.number("mscale", 0.0),
+        mscale_all_dim=section.number("mscale_all_dim", 0.0),
+        truncate=section.flag("truncate", True),
+    )
+
+
+def _windows(reader: _Reader, architecture: str, layers: int) -> tuple[int | None, ...]:
+    none: tuple[int | None, ...] = (None,) * layers
+    if reader.raw.get("sliding_window") is None or architecture == "LlamaForCausalLM":
+        return none
+    if architecture.startswith("Qwen") and not reader.flag("use_sliding_window"):
+        return none
+    window = reader.integer("sliding_window")
+    kinds = reader.raw.get("layer_types")
+    if kinds is not None:
+        known = ("full_attention", "sliding_attention")
+        named = isinstance(kinds, list) and all(kind in known for kind in kinds)
+        if not named or len(kinds) != layers:
+            raise reader.fail("layer_types", f"a list of {layers} of {', '.join(known)}")
+        return tuple(window if kind == known[1] else None for kind in kinds)
+    if architecture.startswith("Qwen"):
+        first = reader.integer("max_window_layers", layers, low=0)
+        return tuple(window if layer >= first else None for layer in range(layers))
+    return (window,) * layers
+
+
+def _token_ids(reader: _Reader, name: str) -> tuple[int, ...]:
+    value = reader.raw.get(name)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
+            raise reader.fail(name, "a token id or a list of token ids")
+    return tuple(ids)
+
+
+def _generation_eos(folder: Path) -> tuple[int, ...]:
+    path = folder / "generation_config.json"
+    return _token_ids(_Reader(path), "eos_token_id") if path.exists() else ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How one engine runs. Frozen; what is discovered at start is the runner's.
+
+    model                   folder of the checkpoint
+    dtype                   auto | float32 | bfloat16: what the model computes in. auto on a CPU is
+                            float32 when the weights fit in 1 GiB so, else bfloat16
+    kv_dtype                auto | float32 | bf16 | fp8_e4m3: what the KV cache holds; auto: dtype
+    block_size              tokens in a KV block
+    max_model_len           most tokens of one sequence; None: the model's own limit, or what the
+                            KV cache holds where that is less
+    num_blocks              KV blocks, the null block among them; None: from kv_cache_bytes
+    kv_cache_bytes          memory for KV when num_blocks is None; never more blocks than
+                            max_num_seqs sequences of max_model_len need
+    max_num_seqs            sequences in one step
+    max_num_batched_tokens  tokens in one step: longer prompts are computed in chunks
+    max_waiting             requests that may wait; more are refused
+    prefix_caching          reuse the KV of equal prefixes
+    device                  a torch device
+    threads                 torch threads; None: torch's own choice
+
+    Raises ConfigError, naming the setting, for a value that cannot work.
+    """
+
+    model: Path
+    dtype: str = "auto"
+    kv_dtype: str = "auto"
+    block_size: int = 16
+    max_model_len: int | None = None
+    num_blocks: int | None = None
+    kv_cache_bytes: int = 512 * 2**20
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_waiting: int = 256
+    prefix_caching: bool = True
+    device: str = "cpu"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", Path(self.model))
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
+        _check_int("block_size", self.block_size, 1, 1024)
+        _check_int("kv_cache_bytes", self.kv_cache_bytes, 1, 2**50)
+        _check_int("max_num_seqs", self.max_num_seqs, 1, 2**16)
+        _check_int("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)
+        _check_int("max_waiting", self.max_waiting, 0, 2**20)
+        if self.max_model_len is not None:
+            _check_int("max_model_len", self.max_model_len, 1, 2**31 - 1)
+        if self.num_blocks is not None:
+            _check_int("num_blocks", self.num_blocks, 2, 2**31 - 1)
+        if self.threads is not None:
+            _check_int("threads", self.threads, 1, 1024)
+        if not isinstance(self.prefix_caching, bool):
+            raise ConfigError(f"prefix_caching is {self.prefix_caching!r}; set it to true or false")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; set it to one of {', '.join(choices)}")
+
+
+def _check_int(name: str, value: int, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ConfigError(f"{name} is {value!r}; set it to an integer from {low} to {high}")

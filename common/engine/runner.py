@@ -1,0 +1,173 @@
+"""The model and its KV cache on one device: loads a checkpoint, runs one step at a time."""
+
+import json
+from dataclasses import asdict
+from hashlib import blake2b
+
+import torch
+
+from common.engine.batch import Batch
+from common.engine.cache import KVCache
+from common.engine.checkpoint import Checkpoint
+from common.engine.config import EngineConfig, ModelConfig
+from common.engine.kernels import select_ops
+from common.engine.models import load_model
+from common.engine.sequence import StepPlan
+from common.errors import ConfigError
+from common.kv.connector import KVConnector
+from common.kv.layout import LAYOUT_VERSION, KVLayout
+
+# `dtype=auto` on a CPU: float32 weights up to here, where they are quick enough and most exact.
+AUTO_FLOAT32_BYTES = 2**30
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+KV_DTYPE_OF = {"float32": "float32", "bfloat16": "bf16"}
+
+
+class ModelRunner:
+    """Loads in the constructor; raises CheckpointError or ConfigError for what cannot be served.
+
+    model_config   the checkpoint's ModelConfig
+    layout         KVLayout of the cache's blocks
+    fingerprint    16 bytes: whose KV this is (weights, KV dtype, layout version, rope settings)
+    num_blocks     blocks in the cache; block 0 is the null block, never allocated
+    cache          uint8 [num_blocks, block_bytes]
+    max_model_len  most tokens of one sequence
+    device         torch.device
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.device = _device(config.device)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.model_config = model = ModelConfig.from_folder(config.model)
+        dtype = compute_dtype(config, model)
+        self.layout = KVLayout(
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            block_size=config.block_size,
+            kv_dtype=KV_DTYPE_OF[dtype] if config.kv_dtype == "auto" else config.kv_dtype,
+        )
+        self.num_blocks, self.max_model_len = plan_cache(config, model, self.layout)
+        with Checkpoint(config.model) as checkpoint:
+            self._model = load_model(
+                model,
+                checkpoint,
+                select_ops(self.device),
+                max_len=self.max_model_len,
+                dtype=TORCH_DTYPES[dtype],
+                device=self.device,
+            )
+            self.fingerprint = fingerprint(checkpoint.digest(), model, self.layout)
+        self._cache = KVCache(self.layout, self.num_blocks, self.device)
+        self.cache = self._cache.data
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, connector: KVConnector | None = None) -> torch.Tensor:
+        """Runs a step: writes the KV of the batch's tokens, returns the logits of its
+        `logit_rows`, [num_logits, vocab] float32. The connector is told of each layer."""
+        return self._model.forward(batch, self._cache, connector)
+
+    def build_batch(self, plan: StepPlan) -> Batch:
+        """The tensors of a plan; logit rows in the order of its sampled sequences."""
+        return build_batch(plan, self.layout.block_size, self.device)
+
+
+def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
+    """The tensors of a plan whose sequences' block tables cover every scheduled token."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    query_start, context_len, logit_rows = [0], [], []
+    tables: list[list[int]] = []
+    for sequence, start, count, sampled in zip(
+        plan.sequences, plan.start, plan.scheduled, plan.sampled, strict=True
+    ):
+        end = start + count
+        table = sequence.block_table
+        token_ids += sequence.token_ids[start:end]
+        positions += range(start, end)
+        slots += [table[p // block_size] * block_size + p % block_size for p in range(start, end)]
+        query_start.append(len(token_ids))
+        context_len.append(end)
+        tables.append(table[: -(-end // block_size)])
+        if sampled:
+            logit_rows.append(len(token_ids) - 1)
+    width = max(map(len, tables), default=0)
+    padded = [table + [-1] * (width - len(table)) for table in tables]
+    whole = torch.tensor([token_ids, positions, slots], dtype=torch.int64, device=device)
+    return Batch(
+        token_ids=whole[0],
+        positions=whole[1],
+        slot_mapping=whole[2],
+        query_start=tuple(query_start),
+        context_len=tuple(context_len),
+        block_table=torch.tensor(padded, dtype=torch.int32, device=device),
+        logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+    )
+
+
+def compute_dtype(config: EngineConfig, model: ModelConfig) -> str:
+    """float32 or bfloat16, as configured or as `auto` decides."""
+    if config.dtype != "auto":
+        return config.dtype
+    if config.device == "cpu" and model.num_parameters * 4 <= AUTO_FLOAT32_BYTES:
+        return "float32"
+    # float16 checkpoints run in bfloat16 too, which has their range.
+    return "float32" if model.torch_dtype == "float32" else "bfloat16"
+
+
+def plan_cache(config: EngineConfig, model: ModelConfig, layout: KVLayout) -> tuple[int, int]:
+    """Blocks of the cache, the null block among them, and the most tokens of a sequence.
+
+    Raises ConfigError when max_model_len is over the model's limit, or asked for and more than
+    the cache holds.
+    """
+    limit = model.max_position_embeddings
+    wanted = limit if config.max_model_len is None else config.max_model_len
+    if wanted > limit:
+        raise ConfigError(
+            f"max_model_len is {wanted}, over the {limit} positions of the model "
+            f"({config.model}); set it to {limit} or less"
+        )
+    blocks = config.num_blocks
+    if blocks is None:
+        useful = 1 + config.max_num_seqs * layout.blocks_for(wanted)
+        blocks = min(config.kv_cache_bytes // layout.block_bytes, useful)
+    capacity = (blocks - 1) * layout.block_size
+    if capacity >= wanted:
+        return blocks, wanted
+    if config.max_model_len is None and capacity > 0:
+        return blocks, capacity
+    need = 1 + layout.blocks_for(wanted)
+    raise ConfigError(
+        f"the KV cache of {max(blocks, 0)} blocks holds {max(capacity, 0)} tokens, one sequence of "
+        f"max_model_len {wanted} needs {need} blocks of {layout.block_bytes} bytes; set "
+        f"kv_cache_bytes to {need * layout.block_bytes} or num_blocks to {need} or more, "
+        "or lower max_model_len"
+    )
+
+
+def fingerprint(weights: bytes, model: ModelConfig, layout: KVLayout) -> bytes:
+    """16 bytes that two workers share exactly when their KV is interchangeable."""
+    settings = {
+        "layout": LAYOUT_VERSION,
+        "kv_dtype": layout.kv_dtype,
+        "shape": [layout.num_layers, layout.num_kv_heads, layout.head_dim],
+        "rope": asdict(model.rope),
+        "windows": model.layer_windows,
+        "eps": model.rms_norm_eps,
+    }
+    encoded = json.dumps(settings, sort_keys=True).encode()
+    return blake2b(weights + encoded, digest_size=16).digest()
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {name!r}; set it to cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {name!r}, but torch finds no CUDA device; set it to cpu")
+    return device

@@ -1,4 +1,4 @@
-"""The errors of Baton. Each is mapped once to HTTP (services/gateway) and once to gRPC (common/rpc)."""
+"""The errors of Baton. Each is mapped once to HTTP (the gateway) and once to gRPC (common/rpc)."""
 
 
 class BatonError(Exception):

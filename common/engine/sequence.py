@@ -49,6 +49,9 @@ class Sequence:
     computed      tokens[0:computed] have KV in block_table
     scheduled     tokens[computed:computed+scheduled] are in the step under way
     cached_tokens prompt tokens whose KV was found (prefix cache, store) at first admission
+    registered    the first this-many blocks were offered to the prefix cache
+    max_len       prompt and output together never get longer than this
+    order         of arrival: who is preempted last
     """
 
     request: EngineRequest
@@ -63,6 +66,10 @@ class Sequence:
     arrival_s: float = 0.0
     first_scheduled_s: float = 0.0
     connector_asked: bool = False
+    registered: int = 0
+    max_len: int = 0
+    order: int = 0
+    preemptions: int = 0
 
     @property
     def request_id(self) -> str:
@@ -111,3 +118,24 @@ class RequestOutput:
     cached_tokens: int = 0
     computed_tokens: int = 0
     trace: Any = None
+
+    @classmethod
+    def of(
+        cls,
+        sequence: Sequence,
+        finish_reason: str | None,
+        error: Exception | None = None,
+        token_ids: tuple[int, ...] = (),
+    ) -> "RequestOutput":
+        """What is told of a sequence now; `computed_tokens` are those of the prompt."""
+        wanted = sequence.request.prefill_tokens
+        prompt = sequence.prompt_len if wanted is None else wanted
+        return cls(
+            request_id=sequence.request_id,
+            token_ids=token_ids,
+            finish_reason=finish_reason,
+            error=error,
+            cached_tokens=sequence.cached_tokens,
+            computed_tokens=max(0, min(sequence.computed, prompt) - sequence.cached_tokens),
+            trace=sequence.request.trace,
+        )

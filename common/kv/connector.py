@@ -57,6 +57,11 @@ class KVConnector:
         """`block_ids` is the sequence's whole block table; the last `num_external_tokens` of the
         tokens it covers are to be loaded."""
 
+    def num_cached_tokens(self, sequence: "Sequence", num_loaded_tokens: int) -> int:
+        """Of the tokens that were just loaded, those that a cache held, as opposed to those that
+        somebody computed for this very request. Told to the user as cached."""
+        return num_loaded_tokens
+
     def build_connector_meta(self, plan: "StepPlan | None") -> Any:
         """What the worker side needs for this step; None plan when only loads are pending."""
         return None

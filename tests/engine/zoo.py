@@ -92,6 +92,9 @@ def make_checkpoint(arch: str, tied: bool, path: Path, **overrides) -> Path:
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+                if name == "model.norm.weight":
+                    # With tied embeddings a token would else be its own likeliest successor.
+                    parameter[::2] *= -1
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.3)
             else:

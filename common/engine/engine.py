@@ -1,0 +1,364 @@
+"""The engine: one thread that turns requests into tokens, step after step.
+
+A turn: take in requests and aborts, let connectors speak, decide a step, run it, tell what came
+out. With nothing to do the thread sleeps on a condition until a request, a connector's `wake` or
+the next deadline.
+"""
+
+import secrets
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import structlog
+import torch
+
+from common.engine.blocks import BlockManager
+from common.engine.config import EngineConfig
+from common.engine.limits import SchedulerConfig, length_limit
+from common.engine.runner import ModelRunner
+from common.engine.sampler import Sampler
+from common.engine.scheduler import Scheduler
+from common.engine.sequence import EngineRequest, Phase, RequestOutput, Sequence, StepPlan
+from common.errors import BatonError, InvalidRequest, Overloaded, Unavailable
+from common.kv.connector import KVCaches, KVConnector
+
+log = structlog.get_logger("engine")
+
+# A step that breaks may be one request's doing; so many in a row are the machine's.
+UNHEALTHY_AFTER_FAILURES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """A snapshot of an engine, taken between two turns.
+
+    running, waiting, loading  requests
+    blocks_total               blocks that sequences may own
+    blocks_used                those that a request refers to; zero when idle
+    blocks_cached              those that only the prefix cache keeps
+    open_handoffs              transfers of connectors under way
+    tokens_waiting             tokens of waiting requests
+    healthy                    False after several broken steps in a row
+    counters                   by name, since the start
+    """
+
+    running: int = 0
+    waiting: int = 0
+    loading: int = 0
+    blocks_total: int = 0
+    blocks_used: int = 0
+    blocks_cached: int = 0
+    open_handoffs: int = 0
+    tokens_waiting: int = 0
+    healthy: bool = True
+    counters: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Submitted:
+    request: EngineRequest
+    seed: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: str
+
+
+class Engine:
+    """Loads a model in the constructor (seconds) and serves it from a thread of its own.
+
+    config     settings
+    connector  where KV comes from and goes to; None: nowhere
+    on_step    called on the engine's thread after each step with all that it gave; must be quick
+
+    submit, abort, wake, drain and state may be called from any thread. Raises CheckpointError or
+    ConfigError for what cannot be served.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        connector: KVConnector | None,
+        on_step: Callable[[list[RequestOutput]], None],
+    ) -> None:
+        self.config = config
+        self.runner = ModelRunner(config)
+        self._on_step = on_step
+        self._connector = connector or KVConnector()
+        self._scheduler = Scheduler(
+            scheduler_config(config, self.runner),
+            BlockManager(self.runner.num_blocks, prefix_caching=config.prefix_caching),
+            self._connector,
+        )
+        self._sampler = Sampler()
+        self._thread: threading.Thread | None = None
+        self._failures = 0
+        self._connector_counters: Counter[str] = Counter()
+        # Shared between threads: all below, under the condition's lock.
+        self._condition = threading.Condition()
+        self._inbox: deque[_Submitted | _Abort] = deque()
+        self._live: set[str] = set()
+        self._woken = False
+        self._draining = False
+        self._stopping = False
+        self._state = self._snapshot()
+        self._connector.register_kv_caches(
+            KVCaches(
+                cache=self.runner.cache,
+                layout=self.runner.layout,
+                fingerprint=self.runner.fingerprint,
+                wake=self.wake,
+            )
+        )
+
+    # From any thread -----------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to serve."""
+        if self._thread is not None:
+            raise BatonError("the engine was started before; an engine is started once")
+        self._thread = threading.Thread(target=self._run, name="baton-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: EngineRequest) -> None:
+        """Hand in a request; what becomes of it is told by on_step.
+
+        Raises InvalidRequest, Overloaded, or Unavailable while draining, and then keeps nothing.
+        """
+        config = self._scheduler.config
+        length_limit(request, config, self._scheduler.blocks.num_usable)
+        seed = request.params.seed
+        submitted = _Submitted(
+            request, secrets.randbits(64) if seed is None else seed, time.monotonic()
+        )
+        with self._condition:
+            if self._draining or self._stopping:
+                raise Unavailable("the engine is draining and takes no new request")
+            if request.request_id in self._live:
+                raise InvalidRequest(
+                    f"request_id {request.request_id!r} is in use; ids of live requests are unique",
+                    field="request_id",
+                )
+            if len(self._live) >= config.max_requests:
+                raise Overloaded(
+                    f"{len(self._live)} requests are served or wait, as many as max_num_seqs "
+                    f"{config.max_num_seqs} and max_waiting {config.max_waiting} allow"
+                )
+            self._live.add(request.request_id)
+            self._inbox.append(submitted)
+            self._condition.notify()
+
+    def abort(self, request_id: str) -> None:
+        """End a request; an unknown or finished one is no error."""
+        with self._condition:
+            if request_id in self._live:
+                self._inbox.append(_Abort(request_id))
+                self._condition.notify()
+
+    def wake(self) -> None:
+        """Have the thread look at its connectors."""
+        with self._condition:
+            self._woken = True
+            self._condition.notify()
+
+    def drain(self) -> None:
+        """Take no new request from now on; those here are served to their end."""
+        with self._condition:
+            self._draining = True
+
+    def state(self) -> EngineState:
+        """The latest snapshot, with the requests that were handed in since."""
+        with self._condition:
+            arrived = sum(isinstance(message, _Submitted) for message in self._inbox)
+            return replace(self._state, waiting=self._state.waiting + arrived)
+
+    @property
+    def num_live(self) -> int:
+        """Requests whose end was not told yet."""
+        with self._condition:
+            return len(self._live)
+
+    def stop(self, deadline_s: float = 0.0) -> None:
+        """Serve those who are here for up to `deadline_s` seconds, then cancel the rest, and end
+        the thread. The connector is shut down."""
+        with self._condition:
+            self._draining = True
+            if self._thread is not None:
+                self._condition.wait_for(lambda: not self._live, timeout=deadline_s)
+            self._stopping = True
+            self._condition.notify_all()
+        if self._thread is None:
+            self._connector.shutdown()
+        elif self._thread is not threading.current_thread():
+            self._thread.join()
+
+    # The engine's thread -------------------------------------------------------------------
+
+    def _run(self) -> None:
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        try:
+            busy = False
+            while self._take_inbox(busy):
+                busy = self._turn()
+            self._cancel_all()
+        finally:
+            self._connector.shutdown()
+
+    def _take_inbox(self, busy: bool) -> bool:
+        """Wait for something to do, then take it in. False: the engine is to stop."""
+        with self._condition:
+            if not busy:
+                self._condition.wait_for(
+                    lambda: self._inbox or self._woken or self._stopping, self._patience_s()
+                )
+            self._woken = False
+            inbox, self._inbox = self._inbox, deque()
+            stopping = self._stopping
+        for message in inbox:
+            if isinstance(message, _Abort):
+                self._guard(lambda m=message: self._scheduler.abort(m.request_id))
+            else:
+                self._add(message)
+        return not stopping
+
+    def _patience_s(self) -> float | None:
+        """Seconds until the next deadline; None: there is none."""
+        deadline = self._scheduler.next_deadline()
+        return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+    def _add(self, message: _Submitted) -> None:
+        try:
+            self._scheduler.add(message.request, message.seed, message.at)
+        except BatonError as error:
+            # Only a request that ended, but whose blocks are being sent, can be in the way here.
+            self._tell([RequestOutput(message.request.request_id, (), "error", error)])
+
+    def _turn(self) -> bool:
+        """One step, or only a look at connectors. True when the next turn must not wait."""
+        plan: StepPlan | None = None
+        try:
+            plan = self._scheduler.schedule(time.monotonic())
+            outputs = self._step(plan)
+            if plan.sequences:
+                self._failures = 0
+        except Exception as error:
+            # The worker must outlive one bad step: its requests end with the error.
+            self._on_failure(plan, error)
+            outputs = self._scheduler.take_outputs()
+        self._connector_counters.update(self._guard(self._connector.take_events) or {})
+        self._tell(outputs)
+        return bool(outputs) or (plan is not None and bool(plan.sequences))
+
+    def _step(self, plan: StepPlan) -> list[RequestOutput]:
+        connector = self._connector
+        if not plan.sequences:
+            connector.start_load_kv(connector.build_connector_meta(None))
+            return self._scheduler.take_outputs()
+        connector.start_load_kv(connector.build_connector_meta(plan))
+        logits = self.runner.forward(self.runner.build_batch(plan), connector)
+        connector.wait_for_save()
+        failed = connector.get_block_ids_with_load_errors()
+        return self._scheduler.update(plan, self._sample(plan, logits), failed)
+
+    def _sample(self, plan: StepPlan, logits: torch.Tensor) -> list[int | None]:
+        sequences = [s for s, sampled in zip(plan.sequences, plan.sampled, strict=True) if sampled]
+        if not sequences:
+            return []
+        return self._sampler.sample(
+            logits,
+            [s.request.params for s in sequences],
+            [s.seed for s in sequences],
+            [len(s.token_ids) for s in sequences],
+            [self._banned(s) for s in sequences],
+        )
+
+    def _banned(self, sequence: Sequence) -> tuple[int, ...]:
+        params = sequence.request.params
+        if len(sequence.token_ids) - sequence.prompt_len >= params.min_tokens:
+            return ()
+        return self._scheduler.config.stop_tokens(params)
+
+    def _tell(self, outputs: list[RequestOutput]) -> None:
+        """Publish the state and the outputs, in this order: who hears of an end finds it there."""
+        state = self._snapshot()
+        ended = {output.request_id for output in outputs if output.finish_reason is not None}
+        with self._condition:
+            self._state = state
+            if ended:
+                self._live -= ended
+                self._condition.notify_all()
+        if outputs:
+            self._guard(lambda: self._on_step(outputs))
+
+    def _snapshot(self) -> EngineState:
+        scheduler, blocks = self._scheduler, self._scheduler.blocks
+        return EngineState(
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            loading=scheduler.num_loading,
+            blocks_total=blocks.num_usable,
+            blocks_used=blocks.num_used,
+            blocks_cached=blocks.num_cached,
+            open_handoffs=self._connector.open_handoffs(),
+            tokens_waiting=scheduler.tokens_waiting,
+            healthy=self._failures < UNHEALTHY_AFTER_FAILURES,
+            counters={**scheduler.counters, **self._connector_counters},
+        )
+
+    # Failures ------------------------------------------------------------------------------
+
+    def _on_failure(self, plan: StepPlan | None, error: Exception) -> None:
+        self._failures += 1
+        self._scheduler.counters["step_failures"] += 1
+        log.exception(
+            "step_failed",
+            requests=len(plan.sequences) if plan else None,
+            failures_in_a_row=self._failures,
+        )
+        # What broke is in the log; internals are no caller's business.
+        told = error
+        if not isinstance(error, BatonError):
+            told = BatonError("a step of the engine failed; the worker's log says why")
+        if plan is not None and plan.sequences:
+            self._end([s.request_id for s in plan.sequences if s.phase is not Phase.FINISHED], told)
+        else:  # nothing says whose fault it was
+            self._end(self._scheduler.request_ids(), told)
+
+    def _cancel_all(self) -> None:
+        self._end(self._scheduler.request_ids(), None)
+        self._tell(self._scheduler.take_outputs())
+
+    def _end(self, request_ids: list[str], error: Exception | None) -> None:
+        for request_id in request_ids:
+            self._guard(lambda r=request_id: self._scheduler.abort(r, error))
+
+    def _guard(self, call: Callable[[], Any]) -> Any:
+        """Call what must not end the thread; None, logged and counted, when it raises."""
+        try:
+            return call()
+        except Exception:
+            self._scheduler.counters["callback_failures"] += 1
+            log.exception("callback_failed")
+            return None
+
+
+def scheduler_config(config: EngineConfig, runner: ModelRunner) -> SchedulerConfig:
+    """The scheduler's settings: the engine's, and what the runner found."""
+    return SchedulerConfig(
+        block_size=config.block_size,
+        max_model_len=runner.max_model_len,
+        vocab_size=runner.model_config.vocab_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_waiting=config.max_waiting,
+        eos_token_ids=runner.model_config.eos_token_ids,
+        fingerprint=runner.fingerprint,
+        prefix_caching=config.prefix_caching,
+    )

@@ -1,0 +1,497 @@
+"""Who runs in the next step: continuous batching with chunked prefill, prefix hits, loads and
+preemption, all expressed by two counters of a sequence, tokens computed and tokens scheduled.
+
+Does no input or output and reads no clock: requests and time come in, plans and outputs go out.
+
+    waiting --admit--> running --------------------> finished
+       |  \\              ^  |                          ^
+       |   `--> loading --'  `--preempt--> waiting      |
+       `------------------------------------------------'  abort, deadline, error
+"""
+
+import bisect
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from common.engine.blocks import BlockManager
+from common.engine.limits import SchedulerConfig, length_limit
+from common.engine.prefix import PrefixCache
+from common.engine.sequence import EngineRequest, Phase, RequestOutput, StepPlan
+from common.engine.sequence import Sequence as Seq
+from common.errors import BatonError, DeadlineExceeded, InvalidRequest, Overloaded
+from common.kv.connector import KVConnector
+
+log = structlog.get_logger("scheduler")
+
+# With others active, this part of the pool stays free of new prompts, so that those who run do not
+# preempt the newcomer at once for their next token.
+RESERVED_SHARE = 0.01
+
+COUNTERS = (
+    "steps",
+    "prompt_tokens",
+    "generated_tokens",
+    "preemptions",
+    "prefix_hit_tokens",
+    "loaded_tokens",
+    "load_errors",
+    "requests_finished",
+    "aborted",
+    "deadline_exceeded",
+)
+
+
+@dataclass(slots=True)
+class _Sending:
+    """A finished sequence whose blocks a connector still reads; `output` is told when it is done,
+    None when it was told already."""
+
+    sequence: Seq
+    output: RequestOutput | None
+
+
+class Scheduler:
+    """Owns all sequences of an engine and their block tables. Used from one thread.
+
+    `schedule` and `update` alternate; `update` (or `take_outputs` after an empty plan) gives what
+    happened to requests since the last call, aborts and expired deadlines included.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, blocks: BlockManager, connector: KVConnector | None = None
+    ) -> None:
+        self.config = config
+        self.blocks = blocks
+        self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
+        self._prefixes = PrefixCache(config, blocks)
+        self._connector = connector or KVConnector()
+        self._sequences: dict[str, Seq] = {}
+        self._waiting: list[Seq] = []
+        self._running: list[Seq] = []
+        self._loading: dict[str, tuple[Seq, int]] = {}  # and how far its KV will reach
+        self._loading_now: dict[str, tuple[Seq, int]] = {}  # loaded within the step; from where
+        self._sending: dict[str, _Sending] = {}
+        self._failed_blocks: set[int] = set()
+        self._finished_ids: set[str] = set()
+        self._outputs: list[RequestOutput] = []
+        self._order = itertools.count()
+        self._step = 0
+
+    # What the outside asks -----------------------------------------------------------------
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_loading(self) -> int:
+        return len(self._loading)
+
+    @property
+    def num_sending(self) -> int:
+        return len(self._sending)
+
+    @property
+    def tokens_waiting(self) -> int:
+        """Tokens whose KV waiting sequences lack."""
+        return sum(sequence.target for sequence in self._waiting)
+
+    @property
+    def idle(self) -> bool:
+        """No request is left, not even one whose blocks are still being sent."""
+        return not self._sequences and not self._sending
+
+    def request_ids(self) -> list[str]:
+        """Of all requests whose end was not told yet."""
+        return [*self._sequences, *(i for i, s in self._sending.items() if s.output is not None)]
+
+    def next_deadline(self) -> float | None:
+        """The earliest deadline of a live request, on the clock that `now` is of."""
+        deadlines = [sequence.request.deadline for sequence in self._live()]
+        return min((d for d in deadlines if d is not None), default=None)
+
+    def check(self) -> None:
+        """Verify that block tables and reference counts agree. Raises BlockPoolError."""
+        held = [entry.sequence for entry in self._sending.values()]
+        self.blocks.check([s.block_table for s in [*self._sequences.values(), *held]])
+
+    # Requests in ---------------------------------------------------------------------------
+
+    def add(self, request: EngineRequest, seed: int, now: float) -> Seq:
+        """Queue a request. Raises InvalidRequest or Overloaded, and then keeps nothing of it.
+
+        seed  in [0, 2**64): the request's own, or one drawn for it
+        """
+        limit = length_limit(request, self.config, self.blocks.num_usable)
+        if request.request_id in self._sequences or request.request_id in self._sending:
+            raise InvalidRequest(
+                f"request_id {request.request_id!r} is in use; ids of live requests are unique",
+                field="request_id",
+            )
+        if len(self._sequences) >= self.config.max_requests:
+            raise Overloaded(
+                f"{len(self._waiting)} requests wait and {len(self._running)} run; "
+                f"at most {self.config.max_waiting} may wait, try again later"
+            )
+        sequence = Seq(
+            request=request,
+            token_ids=list(request.prompt_token_ids),
+            seed=seed,
+            arrival_s=now,
+            max_len=limit,
+            order=next(self._order),
+        )
+        self._sequences[request.request_id] = sequence
+        self._waiting.append(sequence)
+        return sequence
+
+    def abort(self, request_id: str, error: Exception | None = None) -> bool:
+        """End a request between two steps: cancelled, or in error when one is given. False when
+        there is no such request."""
+        reason = "cancelled" if error is None else "error"
+        sequence, entry = self._sequences.get(request_id), self._sending.get(request_id)
+        if sequence is None and (entry is None or entry.output is None):
+            return False
+        self.counters["aborted"] += error is None
+        if sequence is not None:
+            self._finish(sequence, reason, error)
+            return True
+        self._outputs.append(RequestOutput.of(entry.sequence, reason, error))
+        entry.output = None
+        if not self._connector_keeps(entry.sequence):
+            self._sent(request_id)
+        return True
+
+    # The step ------------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> StepPlan:
+        """Collect what connectors finished, end what is overdue, and decide the next step. An
+        empty plan: nothing can run before a connector or a new request changes that."""
+        self._collect()
+        self._expire(now)
+        planned: dict[Seq, int] = {}
+        budget = self.config.max_num_batched_tokens
+        preempted = self.counters["preemptions"]
+        budget = self._plan_running(planned, budget)
+        if self.counters["preemptions"] == preempted:
+            self._admit(planned, budget, now)
+        for sequence, count in planned.items():
+            sequence.scheduled = count
+        self._step += bool(planned)
+        self.counters["steps"] += bool(planned)
+        return StepPlan(
+            step=self._step,
+            sequences=tuple(planned),
+            start=tuple(sequence.computed for sequence in planned),
+            scheduled=tuple(planned.values()),
+            sampled=tuple(
+                s.request.prefill_tokens is None and s.computed + count == s.target
+                for s, count in planned.items()
+            ),
+        )
+
+    def update(
+        self,
+        plan: StepPlan,
+        sampled_tokens: Sequence[int | None],
+        failed_blocks: Iterable[int] = (),
+    ) -> list[RequestOutput]:
+        """Take the results of a step.
+
+        sampled_tokens  one per sampled sequence of the plan, in its order; None: its logits were
+                        not usable, which ends it in error
+        failed_blocks   blocks whose load, within the step or not, failed
+        """
+        self._failed_blocks.update(failed_blocks)
+        spoiled = self._undo_failed_loads()
+        tokens = iter(sampled_tokens)
+        for sequence, count, sampled in zip(
+            plan.sequences, plan.scheduled, plan.sampled, strict=True
+        ):
+            token = next(tokens) if sampled else None
+            sequence.scheduled = 0
+            if sequence in spoiled:
+                continue
+            sequence.computed += count
+            self._prefixes.register(sequence)
+            if sampled:
+                self._take_token(sequence, token)
+            elif sequence.request.prefill_tokens is not None:
+                self._finish_if_prefilled(sequence)
+        return self.take_outputs()
+
+    def take_outputs(self) -> list[RequestOutput]:
+        """What happened to requests since the last call."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    # Running sequences ---------------------------------------------------------------------
+
+    def _plan_running(self, planned: dict[Seq, int], budget: int) -> int:
+        """Those who only need their last token go first: they are what users wait for. Returns
+        the budget that is left."""
+        decoding = [s for s in self._running if s.target - s.computed == 1]
+        prefilling = [s for s in self._running if s.target - s.computed > 1]
+        for sequence in itertools.chain(decoding, prefilling):
+            count = min(budget, sequence.target - sequence.computed)
+            if count <= 0 or sequence.phase is not Phase.RUNNING:
+                continue
+            if self._grow(sequence, sequence.computed + count, planned):
+                planned[sequence] = count
+            budget = self.config.max_num_batched_tokens - sum(planned.values())
+        return budget
+
+    def _grow(self, sequence: Seq, tokens: int, planned: dict[Seq, int]) -> bool:
+        """Give a sequence blocks for its first `tokens` tokens, preempting the youngest as long
+        as there are none. False when it was the youngest itself."""
+        missing = self.config.blocks_for(tokens) - len(sequence.block_table)
+        if missing <= 0:
+            return True
+        while not self.blocks.can_allocate(missing):
+            victim = self._running[-1]
+            planned.pop(victim, None)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.block_table += self.blocks.allocate(missing)
+        return True
+
+    def _preempt(self, sequence: Seq) -> None:
+        """Give up its blocks; what it computed is computed again, or found in the cache."""
+        self.counters["preemptions"] += 1
+        self._running.remove(sequence)
+        self._release(sequence)
+        sequence.computed = sequence.registered = 0
+        sequence.preemptions += 1
+        sequence.phase = Phase.WAITING
+        bisect.insort(self._waiting, sequence, key=_order)
+
+    # Admission -----------------------------------------------------------------------------
+
+    def _admit(self, planned: dict[Seq, int], budget: int, now: float) -> None:
+        """First come, first served; a sequence that loads, or whose connector does not know yet,
+        does not hold up the next."""
+        for sequence in list(self._waiting):
+            if len(self._running) + len(self._loading) >= self.config.max_num_seqs:
+                return
+            hits = self._prefixes.match(sequence)
+            external, between_steps = self._ask_connector(sequence, len(hits))
+            if external is None:
+                continue
+            reached = len(hits) * self.config.block_size + external
+            count = 0 if between_steps else min(budget, sequence.target - reached)
+            if not between_steps and count <= 0 < sequence.target - reached:
+                return
+            if not self._has_room(sequence, hits):
+                return
+            self._start(sequence, hits, external, between_steps, now)
+            if count > 0:
+                planned[sequence] = count
+                budget -= count
+
+    def _ask_connector(self, sequence: Seq, num_hits: int) -> tuple[int | None, bool]:
+        """Tokens that a connector can load beyond the hits, and whether between steps. Asked until
+        a first admission: what failed or was preempted is computed here."""
+        if sequence.connector_asked:
+            return 0, False
+        computed = num_hits * self.config.block_size
+        external, between_steps = self._connector.get_num_new_matched_tokens(sequence, computed)
+        if external is None:
+            return None, False
+        sampled = sequence.request.prefill_tokens is None
+        # What is loaded within a step needs a token that is computed in it.
+        spared = sampled or not between_steps
+        external = max(0, min(external, sequence.target - spared - computed))
+        return external, between_steps and external > 0
+
+    def _has_room(self, sequence: Seq, hits: list[int]) -> bool:
+        """Whether all tokens it has now get blocks, without touching the reserve."""
+        wanted = self.config.blocks_for(sequence.target) - len(hits)
+        wanted += self.blocks.num_unreferenced(hits)
+        if self._running or self._loading:
+            wanted += int(self.blocks.num_usable * RESERVED_SHARE)
+        return self.blocks.can_allocate(wanted)
+
+    def _start(
+        self, sequence: Seq, hits: list[int], external: int, between_steps: bool, now: float
+    ) -> None:
+        """Move a sequence out of the queue, with blocks for all its tokens, or, when it loads,
+        for those loaded."""
+        hit_tokens = len(hits) * self.config.block_size
+        reached = hit_tokens + external
+        covered = self.config.blocks_for(reached)
+        wanted = covered if between_steps else self.config.blocks_for(sequence.target)
+        self.blocks.acquire(hits)
+        sequence.block_table = hits + self.blocks.allocate(wanted - len(hits))
+        sequence.registered = len(hits)
+        sequence.connector_asked = True
+        self._waiting.remove(sequence)
+        self.counters["prefix_hit_tokens"] += hit_tokens
+        if sequence.preemptions == 0:
+            sequence.first_scheduled_s = now
+            sequence.cached_tokens = hit_tokens
+            self.counters["prompt_tokens"] += min(sequence.target, sequence.prompt_len)
+        self._connector.update_state_after_alloc(sequence, sequence.block_table[:covered], external)
+        if between_steps:
+            sequence.computed = hit_tokens
+            sequence.phase = Phase.LOADING
+            self._loading[sequence.request_id] = (sequence, reached)
+            return
+        sequence.computed = reached
+        if external:
+            self._loading_now[sequence.request_id] = (sequence, hit_tokens)
+        self._run(sequence)
+
+    def _run(self, sequence: Seq) -> None:
+        sequence.phase = Phase.RUNNING
+        bisect.insort(self._running, sequence, key=_order)
+        self._finish_if_prefilled(sequence)
+
+    # Connectors ----------------------------------------------------------------------------
+
+    def _collect(self) -> None:
+        """Take in what connectors finished since the last step."""
+        ended, self._finished_ids = self._finished_ids, set()
+        sent, loaded = self._connector.get_finished(ended)
+        self._failed_blocks |= self._connector.get_block_ids_with_load_errors()
+        for request_id in sent:
+            self._sent(request_id)
+        for request_id in loaded:
+            sequence, reached = self._loading.pop(request_id, (None, 0))
+            if sequence is not None:  # it may have been aborted meanwhile
+                self._take_load(sequence, sequence.computed, reached)
+                self._run(sequence)
+        self._failed_blocks.intersection_update(
+            itertools.chain.from_iterable(s.block_table for s, _ in self._loading.values())
+        )
+
+    def _take_load(self, sequence: Seq, start: int, reached: int) -> bool:
+        """Count the KV in [start, reached) as computed, up to the first block that failed. False
+        when one did."""
+        failed = [i for i, block in enumerate(sequence.block_table) if block in self._failed_blocks]
+        self._failed_blocks.difference_update(sequence.block_table)
+        good = reached
+        if failed:
+            self.counters["load_errors"] += 1
+            good = max(start, min(reached, failed[0] * self.config.block_size))
+        sequence.computed = good
+        self.counters["loaded_tokens"] += good - start
+        if sequence.preemptions == 0 and good > start:
+            sequence.cached_tokens += self._connector.num_cached_tokens(sequence, good - start)
+        self._prefixes.register(sequence)
+        return not failed
+
+    def _undo_failed_loads(self) -> set[Seq]:
+        """Sequences whose load within the step failed: what the step computed of them is void."""
+        loading, self._loading_now = self._loading_now, {}
+        return {
+            sequence
+            for sequence, start in loading.values()
+            if sequence.phase is Phase.RUNNING
+            and not self._take_load(sequence, start, sequence.computed)
+        }
+
+    def _sent(self, request_id: str) -> None:
+        entry = self._sending.pop(request_id, None)
+        if entry is None:
+            return
+        self._release(entry.sequence)
+        if entry.output is not None:
+            self._outputs.append(entry.output)
+
+    # Ends ----------------------------------------------------------------------------------
+
+    def _expire(self, now: float) -> None:
+        for sequence in self._live():
+            deadline = sequence.request.deadline
+            if deadline is not None and now >= deadline:
+                self.counters["deadline_exceeded"] += 1
+                where = sequence.phase.value
+                if sequence.phase is Phase.FINISHED:
+                    where = "sending its KV"
+                spent = now - sequence.arrival_s
+                error = DeadlineExceeded(
+                    f"the request's time ran out after {spent:.3f} s, while {where}, with "
+                    f"{len(sequence.output_token_ids)} tokens generated"
+                )
+                self.abort(sequence.request_id, error)
+
+    def _live(self) -> list[Seq]:
+        sending = [e.sequence for e in self._sending.values() if e.output is not None]
+        return [*self._sequences.values(), *sending]
+
+    def _take_token(self, sequence: Seq, token: int | None) -> None:
+        if token is None:
+            error = BatonError(
+                f"the model gave no usable logits (NaN or infinite) at position "
+                f"{len(sequence.token_ids)}; its weights or this input overflow the compute dtype"
+            )
+            self._finish(sequence, "error", error)
+            return
+        sequence.token_ids.append(token)
+        self.counters["generated_tokens"] += 1
+        reason = self._finish_reason(sequence, token)
+        if reason is None:
+            self._outputs.append(RequestOutput.of(sequence, None, None, (token,)))
+        else:
+            self._finish(sequence, reason, None, (token,))
+
+    def _finish_reason(self, sequence: Seq, token: int) -> str | None:
+        if token in self.config.stop_tokens(sequence.request.params):
+            return "stop"
+        return "length" if len(sequence.token_ids) >= sequence.max_len else None
+
+    def _finish_if_prefilled(self, sequence: Seq) -> None:
+        if sequence.request.prefill_tokens is not None and sequence.computed >= sequence.target:
+            self._finish(sequence, "prefilled", None)
+
+    def _finish(
+        self, sequence: Seq, reason: str, error: Exception | None, tokens: tuple[int, ...] = ()
+    ) -> None:
+        """Take a sequence out of wherever it is; its blocks go when no connector reads them."""
+        request_id = sequence.request_id
+        for queue in (self._running, self._waiting):
+            if sequence in queue:
+                queue.remove(sequence)
+        self._loading.pop(request_id, None)
+        self._loading_now.pop(request_id, None)
+        del self._sequences[request_id]
+        sequence.phase = Phase.FINISHED
+        self._finished_ids.add(request_id)
+        self.counters["requests_finished"] += 1
+        output = RequestOutput.of(sequence, reason, error, tokens)
+        if self._connector_keeps(sequence):
+            later = reason == "prefilled"  # told only when the KV has arrived
+            self._sending[request_id] = _Sending(sequence, output if later else None)
+            if later:
+                return
+        else:
+            self._release(sequence)
+        self._outputs.append(output)
+
+    def _connector_keeps(self, sequence: Seq) -> bool:
+        """Tell the connector of the end; whether it goes on reading the blocks."""
+        try:
+            return self._connector.request_finished(sequence, sequence.block_table)
+        except Exception:
+            # A connector's trouble must not keep the blocks of a request that is over.
+            self.counters["connector_failures"] += 1
+            log.exception("request_finished_failed", request=sequence.request_id)
+            return False
+
+    def _release(self, sequence: Seq) -> None:
+        self.blocks.free(sequence.block_table)
+        self._failed_blocks.difference_update(sequence.block_table)
+        sequence.block_table = []
+
+
+def _order(sequence: Seq) -> int:
+    return sequence.order

@@ -1,0 +1,1 @@
+"""The KV connectors that Baton has built in."""

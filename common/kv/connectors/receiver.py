@@ -1,0 +1,477 @@
+"""The decode worker's end of a handoff: asks for prefill, checks what comes, writes the pages.
+
+Two threads meet here. The loop (a LoopThread) receives frames and calls prefill workers; the
+engine's thread owns the table and the pages. What the loop learns goes into an inbox, and the
+engine's turn empties it: a page is written only on the engine's thread and only while its handoff
+is open.
+"""
+
+import asyncio
+import collections
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import structlog
+from opentelemetry.trace import Span
+
+from baton.v1 import worker_pb2
+from common.errors import BatonError, HandoffError, WireError
+from common.kv.connector import KVCaches, KVConnector
+from common.kv.connectors.pages import write_page
+from common.kv.connectors.prefill_call import GrpcPrefill, Metadata, PrefillCall
+from common.kv.connectors.transfer import CallEnded, Corrupt, Frame, Transfer
+from common.kv.handoff import (
+    Accept,
+    HandoffPolicy,
+    HandoffTable,
+    PrefillCandidates,
+    Verdict,
+    WantedBlock,
+)
+from common.kv.keys import chain_keys
+from common.kv.transports import TcpTransport, Transport
+from common.kv.wire import BlockRange, decode_handoff_frame, partial_block_key
+from common.rpc.discovery import join_address
+from common.rpc.loop import LoopThread
+from common.telemetry.tracing import Tracing, context_of, extract, fail, inject
+
+if TYPE_CHECKING:
+    from common.engine.sequence import Sequence, StepPlan
+
+T = TypeVar("T")
+log = structlog.get_logger("handoff")
+
+# How often the engine is woken to look at leases while handoffs are open.
+TICK_S = 0.25
+
+
+class HandoffReceiver(KVConnector):
+    """Has a prefill worker fill the blocks of a prompt that this decode worker lacks.
+
+    incarnation     this process's, new at each start
+    model_card      called when the first handoff starts: the engine has loaded by then
+    advertise_host  the host under which prefill workers reach this one
+    data_host, data_port  where frames are accepted; port 0 takes any free one
+    policy          when to ask and for how long
+    prefill         the call to a prefill worker; gRPC when None
+    loop            shared with other connectors; one of its own when None
+    tracing         where `decode.handoff` spans go; none are made when None
+
+    `listen` must be called before a sequence asks. When every candidate fails, the blocks that did
+    not land are reported as load errors and the engine computes them itself.
+    """
+
+    def __init__(
+        self,
+        *,
+        incarnation: str,
+        model_card: Callable[[], worker_pb2.ModelCard],
+        advertise_host: str,
+        data_host: str = "0.0.0.0",
+        data_port: int = 0,
+        policy: HandoffPolicy | None = None,
+        loop: LoopThread | None = None,
+        prefill: PrefillCall | None = None,
+        transport: Transport | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
+        self._incarnation = incarnation
+        self._model_card = model_card
+        self._advertise_host = advertise_host
+        self._data_host = data_host
+        self._data_port = data_port
+        self._policy = policy or HandoffPolicy()
+        self._owns_loop = loop is None
+        self._loop = loop or LoopThread("baton-handoff")
+        self._grpc_prefill = GrpcPrefill() if prefill is None else None
+        self._prefill: PrefillCall = prefill or self._grpc_prefill
+        self._transport: Transport = transport or TcpTransport()
+        self._tracing = tracing
+        self._caches: KVCaches | None = None
+        self._table: HandoffTable | None = None
+        self._address = ""
+        self._tried: set[str] = set()
+        self._to_start: list[Transfer] = []
+        self._transfers: dict[bytes, Transfer] = {}
+        self._by_request: dict[str, Transfer] = {}
+        self._inbox: collections.deque[Frame | Corrupt | CallEnded] = collections.deque()
+        self._done: set[str] = set()
+        self._cached_tokens: dict[str, int] = {}
+        self._failed_blocks: set[int] = set()
+        self._events: collections.Counter[str] = collections.Counter()
+
+    def listen(self) -> str:
+        """Accept frames; returns host:port of the data plane. Blocks for some milliseconds.
+
+        A test transfer to the advertised address proves that frames come in there. Raises
+        HandoffError when the port cannot be bound or the transfer fails.
+        """
+        port = self._loop.run(
+            self._transport.listen(self._data_host, self._data_port, self._on_frame)
+        ).result(timeout=10.0)
+        address = join_address(self._advertise_host, port)
+        try:
+            self._loop.run(self._transport.probe(address)).result(timeout=10.0)
+        except HandoffError as error:
+            raise HandoffError(
+                f"no test transfer to {address}, where prefill workers are told to send KV: "
+                f"{error}; set --advertise-host to a name or address of this machine"
+            ) from error
+        self._address = address
+        self._loop.run(self._tick())
+        return address
+
+    @property
+    def data_address(self) -> str:
+        """host:port of the data plane; empty before `listen`."""
+        return self._address
+
+    # On the loop --------------------------------------------------------------------------
+
+    async def _on_frame(self, frame: memoryview) -> int:
+        """Verify a frame here, off the engine's thread; the engine decides where it goes."""
+        caches = self._caches
+        if caches is None:
+            return Verdict.UNKNOWN_HANDOFF
+        try:
+            envelope, block = decode_handoff_frame(frame, caches.layout.block_bytes)
+        except WireError as error:
+            self._inbox.append(Corrupt(str(error)))
+            caches.wake()
+            return Verdict.CORRUPT
+        verdict = asyncio.get_running_loop().create_future()
+        self._inbox.append(Frame(envelope, block, verdict))
+        caches.wake()
+        return await verdict
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            if self._transfers and self._caches is not None:
+                self._caches.wake()
+
+    # Scheduler side -----------------------------------------------------------------------
+
+    def get_num_new_matched_tokens(
+        self, sequence: "Sequence", num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        request = sequence.request
+        lacking = sequence.prompt_len - 1 - num_computed_tokens
+        asks = (
+            isinstance(request.transfer, PrefillCandidates)
+            and bool(request.transfer.addresses)
+            and request.prefill_tokens is None
+            and bool(self._address)
+            and lacking >= max(1, self._policy.min_tokens)
+            and sequence.request_id not in self._tried
+        )
+        return (lacking, True) if asks else (0, False)
+
+    def update_state_after_alloc(
+        self, sequence: "Sequence", block_ids: list[int], num_external_tokens: int
+    ) -> None:
+        if num_external_tokens == 0:
+            return
+        caches = self._need_caches()
+        tokens = sequence.prompt_len - 1
+        first = (tokens - num_external_tokens) // caches.layout.block_size
+        self._tried.add(sequence.request_id)
+        transfer = Transfer(
+            id=secrets.token_bytes(16),
+            sequence=sequence,
+            candidates=sequence.request.transfer,
+            wanted=self._wanted(sequence, block_ids, first),
+            total=caches.layout.blocks_for(tokens),
+            started=time.monotonic(),
+        )
+        self._by_request[sequence.request_id] = transfer
+        self._to_start.append(transfer)
+
+    def num_cached_tokens(self, sequence: "Sequence", num_loaded_tokens: int) -> int:
+        cached = self._cached_tokens.pop(sequence.request_id, 0)
+        return min(cached, num_loaded_tokens)
+
+    def _wanted(
+        self, sequence: "Sequence", block_ids: list[int], first_block: int
+    ) -> list[WantedBlock]:
+        """The blocks from `first_block` on that the prompt without its last token covers."""
+        caches = self._need_caches()
+        size = caches.layout.block_size
+        tokens = sequence.request.prompt_token_ids[:-1]
+        tenant = sequence.request.tenant
+        full = len(tokens) // size
+        keys = chain_keys(tokens[: full * size], size, caches.fingerprint, tenant)
+        rest = tokens[full * size :]
+        if rest:
+            parent = keys[-1] if keys else None
+            keys = [*keys, partial_block_key(parent, rest, caches.fingerprint, tenant)]
+        return [
+            WantedBlock(i, block_ids[i], keys[i], min(size, len(tokens) - i * size))
+            for i in range(first_block, len(keys))
+        ]
+
+    def build_connector_meta(self, plan: "StepPlan | None") -> Any:
+        starting, self._to_start = self._to_start, []
+        return starting
+
+    def start_load_kv(self, meta: Any) -> None:
+        for transfer in meta or ():
+            if self._by_request.get(transfer.request_id) is transfer:
+                self._begin(transfer)
+
+    def request_finished(self, sequence: "Sequence", block_ids: list[int]) -> bool:
+        self._tried.discard(sequence.request_id)
+        self._done.discard(sequence.request_id)
+        self._cached_tokens.pop(sequence.request_id, None)
+        transfer = self._by_request.get(sequence.request_id)
+        if transfer is not None and transfer.sequence is sequence:
+            self._need_table().abort(transfer.id)
+            self._events["handoffs_aborted"] += 1
+            self._release(transfer, "the request ended before its blocks came")
+        return False
+
+    def take_events(self) -> dict[str, int]:
+        table = self._table
+        if table is not None:
+            for verdict, count in table.dropped.items():
+                self._events[f"frames_dropped_{verdict.name.lower()}"] += count
+            table.dropped.clear()
+        events, self._events = dict(self._events), collections.Counter()
+        return events
+
+    def open_handoffs(self) -> int:
+        return len(self._by_request)
+
+    # Worker side --------------------------------------------------------------------------
+
+    def register_kv_caches(self, caches: KVCaches) -> None:
+        self._table = HandoffTable(
+            self._incarnation,
+            BlockRange.whole(caches.layout),
+            caches.layout.block_bytes,
+            self._policy.stall_timeout_s,
+        )
+        self._caches = caches
+
+    def get_finished(self, finished_request_ids: set[str]) -> tuple[set[str], set[str]]:
+        verdicts: list[tuple[asyncio.Future[int], int]] = []
+        # Only what is here now: frames that keep coming must not hold the engine's turn.
+        for _ in range(len(self._inbox)):
+            match self._inbox.popleft():
+                case Frame() as frame:
+                    verdicts.append((frame.verdict, self._land(frame)))
+                case Corrupt(reason):
+                    self._need_table().drop(Verdict.CORRUPT)
+                    log.warning("handoff_frame_corrupt", error=reason)
+                case CallEnded(handoff_id, generation, error):
+                    self._on_call_ended(handoff_id, generation, error)
+        if verdicts:
+            self._loop.call_soon(_answer, verdicts)
+        self._expire()
+        done, self._done = self._done, set()
+        return set(), done
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def shutdown(self) -> None:
+        for transfer in list(self._by_request.values()):
+            self._release(transfer, "the worker shuts down")
+        if not self._loop.closed:
+            self._loop.run(self._close()).result(timeout=10.0)
+        if self._owns_loop:
+            self._loop.close()
+
+    async def _close(self) -> None:
+        await self._transport.close()
+        if self._grpc_prefill is not None:
+            await self._grpc_prefill.close()
+
+    # Attempts, on the engine's thread -------------------------------------------------------
+
+    def _begin(self, transfer: Transfer) -> None:
+        """Start the handoff's next attempt, or give up when no time is left for it."""
+        table, now = self._need_table(), time.monotonic()
+        deadline = transfer.sequence.request.deadline
+        lease_s = self._policy.lease_s
+        if deadline is not None:
+            lease_s = min(lease_s, deadline - now)
+        if lease_s <= 0:
+            self._give_up(transfer, "no time is left before the request's deadline")
+            return
+        if transfer.generation == 0:
+            self._transfers[transfer.id] = transfer
+            transfer.span = self._start_span(transfer)
+            transfer.generation = table.open(
+                transfer.id, transfer.wanted, transfer.total, now + lease_s, now
+            )
+        else:
+            transfer.generation = table.retry(transfer.id, now + lease_s, now)
+        address = transfer.candidates.addresses[transfer.attempt]
+        first_block = table.missing(transfer.id)[0].index
+        request = self._request(transfer, first_block, lease_s)
+        call = self._prefill(address, request, lease_s, self._metadata(transfer))
+        transfer.call = self._loop.run(_await(call))
+        transfer.call.add_done_callback(partial(self._call_ended, transfer.id, transfer.generation))
+
+    def _request(
+        self, transfer: Transfer, first_block: int, lease_s: float
+    ) -> worker_pb2.PrefillRequest:
+        request = transfer.sequence.request
+        return worker_pb2.PrefillRequest(
+            request_id=request.request_id,
+            handoff=worker_pb2.Handoff(
+                id=transfer.id,
+                incarnation=self._incarnation,
+                generation=transfer.generation,
+                lease_ms=max(1, int(lease_s * 1000)),
+            ),
+            token_ids=request.prompt_token_ids,
+            num_tokens=len(request.prompt_token_ids) - 1,
+            first_block=first_block,
+            tenant=request.tenant,
+            data_address=self._address,
+            model=self._model_card(),
+        )
+
+    def _call_ended(self, handoff_id: bytes, generation: int, call: "Future[Any]") -> None:
+        """On the loop, or on the thread that cancelled the call."""
+        error = HandoffError("the call was cancelled") if call.cancelled() else call.exception()
+        self._inbox.append(CallEnded(handoff_id, generation, error))
+        self._need_caches().wake()
+
+    def _on_call_ended(
+        self, handoff_id: bytes, generation: int, error: BaseException | None
+    ) -> None:
+        transfer = self._transfers.get(handoff_id)
+        if transfer is None or transfer.generation != generation:
+            return
+        if error is None:
+            # Frames are answered before the call is: what is missing now was never sent.
+            missing = len(self._need_table().missing(handoff_id))
+            self._next_attempt(transfer, f"the call ended well but {missing} blocks never came")
+        else:
+            if not isinstance(error, BatonError):
+                log.error("handoff_call_crashed", handoff=handoff_id.hex(), exc_info=error)
+            self._next_attempt(transfer, str(error) or type(error).__name__)
+
+    def _expire(self) -> None:
+        if not self._transfers:
+            return
+        for overdue in self._need_table().expire(time.monotonic()):
+            self._next_attempt(self._transfers[overdue.handoff_id], overdue.reason)
+
+    def _next_attempt(self, transfer: Transfer, reason: str) -> None:
+        addresses = transfer.candidates.addresses
+        log.warning(
+            "handoff_attempt_failed",
+            handoff=transfer.id.hex(),
+            request=transfer.request_id,
+            prefill=addresses[transfer.attempt],
+            generation=transfer.generation,
+            error=reason,
+        )
+        self._events["handoff_attempts_failed"] += 1
+        if transfer.call is not None:
+            transfer.call.cancel()
+        transfer.attempt += 1
+        if transfer.attempt < min(len(addresses), self._policy.max_attempts):
+            self._begin(transfer)
+        else:
+            self._give_up(transfer, reason)
+
+    def _give_up(self, transfer: Transfer, reason: str) -> None:
+        missing = self._need_table().fail(transfer.id) or transfer.wanted
+        self._failed_blocks.update(block.block_id for block in missing)
+        self._done.add(transfer.request_id)
+        self._events["handoffs_failed"] += 1
+        self._release(transfer, reason)
+
+    def _land(self, frame: Frame) -> Verdict:
+        decision = self._need_table().on_frame(frame.envelope, frame.block, time.monotonic())
+        if not isinstance(decision, Accept):
+            return decision.verdict
+        write_page(self._need_caches().cache, decision.block_id, frame.block.payload)
+        self._events["handoff_blocks_received"] += 1
+        self._events["handoff_bytes_received"] += len(frame.block.payload)
+        transfer = self._transfers[decision.handoff_id]
+        transfer.cached_tokens += frame.block.token_count if frame.envelope.cached else 0
+        if decision.complete:
+            self._done.add(transfer.request_id)
+            self._cached_tokens[transfer.request_id] = transfer.cached_tokens
+            self._events["handoffs_completed"] += 1
+            self._release(transfer, None)
+        return Verdict.ACCEPTED
+
+    def _release(self, transfer: Transfer, error: str | None) -> None:
+        """Forget a handoff that ended; its call is cancelled unless it ends by itself."""
+        self._transfers.pop(transfer.id, None)
+        self._by_request.pop(transfer.request_id, None)
+        if error is not None and transfer.call is not None:
+            transfer.call.cancel()
+        if transfer.span is not None:
+            transfer.span.set_attribute("handoff.attempts", transfer.generation)
+            if error is not None:
+                fail(transfer.span, error)
+            transfer.span.end()
+        log.info(
+            "handoff_ended" if error else "handoff_landed",
+            handoff=transfer.id.hex(),
+            request=transfer.request_id,
+            blocks=len(transfer.wanted),
+            ms=round((time.monotonic() - transfer.started) * 1000, 2),
+            error=error,
+        )
+
+    # Small helpers ------------------------------------------------------------------------
+
+    def _start_span(self, transfer: Transfer) -> Span | None:
+        if self._tracing is None:
+            return None
+        candidates = transfer.candidates
+        return self._tracing.start(
+            "decode.handoff",
+            extract(candidates.traceparent, candidates.tracestate),
+            attributes={
+                "request.id": transfer.request_id,
+                "handoff.id": transfer.id.hex(),
+                "handoff.blocks": len(transfer.wanted),
+            },
+        )
+
+    def _metadata(self, transfer: Transfer) -> Metadata:
+        """W3C trace context for the call: this handoff's span, else the request's."""
+        candidates = transfer.candidates
+        parent, state = candidates.traceparent, candidates.tracestate
+        if transfer.span is not None:
+            parent, state = inject(context_of(transfer.span))
+        pairs = (("traceparent", parent), ("tracestate", state))
+        return tuple((name, value) for name, value in pairs if value)
+
+    def _need_caches(self) -> KVCaches:
+        return _registered(self._caches)
+
+    def _need_table(self) -> HandoffTable:
+        return _registered(self._table)
+
+
+def _registered(part: T | None) -> T:
+    if part is None:
+        raise HandoffError("the connector was used before register_kv_caches")
+    return part
+
+
+def _answer(verdicts: list[tuple["asyncio.Future[int]", int]]) -> None:
+    """On the loop: tell each sender what became of its frame."""
+    for verdict, status in verdicts:
+        if not verdict.done():
+            verdict.set_result(status)
+
+
+async def _await(call: Awaitable[T]) -> T:
+    return await call

@@ -1,0 +1,265 @@
+"""A handoff of KV, decided without input or output: what is wanted, what may be written where.
+
+The decode worker opens a handoff for the blocks it lacks; a prefill worker sends them. Each
+frame names the handoff, the decode worker's incarnation and the attempt (generation). The table
+answers with the page that the frame may be written to, or with the reason why it is dropped. A
+page is given out only while its handoff is open, so a frame that comes late finds no page: fencing
+by construction. Time is passed in, in seconds of one monotonic clock.
+"""
+
+import enum
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from common.errors import HandoffError
+from common.kv.wire import Block, BlockRange, Envelope, incarnation_digest
+
+# Handoffs remembered after their end, only to count late frames under the right name.
+REMEMBERED_HANDOFFS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillCandidates:
+    """What a decode worker's request says about prefill: gRPC addresses, best first, and the span
+    that the handoff belongs to (W3C trace context)."""
+
+    addresses: tuple[str, ...]
+    traceparent: str = ""
+    tracestate: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffTarget:
+    """What a prefill worker's request says about where its KV goes.
+
+    id            16 bytes, the decode worker's
+    incarnation   the decode worker's
+    generation    attempt of this handoff
+    data_address  host:port of the decode worker's data plane
+    first_block   logical index of the first block to be sent
+    lease_ms      how long the decode worker keeps the blocks for this attempt
+    """
+
+    id: bytes
+    incarnation: str
+    generation: int
+    data_address: str
+    first_block: int
+    lease_ms: int
+    traceparent: str = ""
+    tracestate: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffPolicy:
+    """When to ask another worker for prefill, and for how long.
+
+    min_tokens       uncached prompt tokens under which the decode worker prefills by itself
+    lease_s          longest one attempt may take, in seconds; never past the request's deadline
+    stall_timeout_s  longest wait for the next block of an attempt, in seconds
+    max_attempts     candidates that are asked before the decode worker prefills by itself
+    """
+
+    min_tokens: int = 64
+    lease_s: float = 60.0
+    stall_timeout_s: float = 10.0
+    max_attempts: int = 3
+
+
+class Verdict(enum.IntEnum):
+    """What became of a frame; it is also the status that the sender gets."""
+
+    ACCEPTED = 0
+    DUPLICATE = 1
+    AFTER_COMPLETE = 2
+    CORRUPT = 3
+    UNKNOWN_HANDOFF = 4
+    WRONG_INCARNATION = 5
+    OLD_GENERATION = 6
+    WRONG_BLOCK = 7
+    AFTER_ABORT = 8
+    AFTER_FAILURE = 9
+    EXPIRED = 10
+
+    @classmethod
+    def of(cls, status: int) -> "Verdict":
+        """The verdict of a status; one that a later version made up is a refusal."""
+        return cls._value2member_map_.get(status, cls.UNKNOWN_HANDOFF)  # type: ignore[return-value]
+
+    @property
+    def harmless(self) -> bool:
+        """The receiver has the block, from this frame or another: the sender goes on."""
+        return self <= Verdict.AFTER_COMPLETE
+
+
+@dataclass(frozen=True, slots=True)
+class WantedBlock:
+    """A block that the decode worker lacks: its place in the sequence, the page it goes to, the key
+    and the number of tokens that it must have."""
+
+    index: int
+    block_id: int
+    key: bytes
+    token_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """Write the frame's payload to page `block_id`; `complete` when it was the last one."""
+
+    handoff_id: bytes
+    block_id: int
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Write nothing."""
+
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Overdue:
+    """An attempt that ran out of lease or went silent; the handoff stays open until it is closed
+    or tried again, and takes no frame meanwhile."""
+
+    handoff_id: bytes
+    generation: int
+    reason: str
+
+
+@dataclass(slots=True)
+class _Open:
+    generation: int
+    total: int
+    missing: dict[int, WantedBlock]
+    lease_end: float
+    last_frame: float
+    overdue: bool = False
+    landed: set[int] = field(default_factory=set)
+
+
+class HandoffTable:
+    """The live handoffs of one decode worker. Used from one thread.
+
+    incarnation      this process's; a frame for an earlier process is dropped
+    range            the part of a block that every frame must hold
+    payload_bytes    the size that every payload must have
+    """
+
+    def __init__(
+        self, incarnation: str, range: BlockRange, payload_bytes: int, stall_timeout_s: float
+    ) -> None:
+        self._incarnation = incarnation_digest(incarnation)
+        self._range = range
+        self._payload_bytes = payload_bytes
+        self._stall_timeout_s = stall_timeout_s
+        self._open: dict[bytes, _Open] = {}
+        self._ended: OrderedDict[bytes, Verdict] = OrderedDict()
+        self.dropped: dict[Verdict, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def open(
+        self, handoff_id: bytes, wanted: list[WantedBlock], total: int, lease_end: float, now: float
+    ) -> int:
+        """Begin a handoff's first attempt; returns its generation.
+
+        total  blocks that the handoff's tokens cover, those not wanted included
+        """
+        if handoff_id in self._open or handoff_id in self._ended:
+            raise HandoffError(f"handoff {handoff_id.hex()} was opened before; ids are used once")
+        if not wanted:
+            raise HandoffError(f"handoff {handoff_id.hex()} wants no block")
+        missing = {block.index: block for block in wanted}
+        self._open[handoff_id] = _Open(1, total, missing, lease_end, now)
+        return 1
+
+    def retry(self, handoff_id: bytes, lease_end: float, now: float) -> int:
+        """Begin the next attempt; frames of earlier ones are dropped from now on."""
+        entry = self._open[handoff_id]
+        entry.generation += 1
+        entry.lease_end, entry.last_frame, entry.overdue = lease_end, now, False
+        return entry.generation
+
+    def on_frame(self, envelope: Envelope, block: Block, now: float) -> Accept | Drop:
+        """Decide about one whole frame. The caller writes the page before anything else happens."""
+        entry = self._open.get(envelope.handoff_id)
+        verdict = self._judge(envelope, block, entry, now)
+        if verdict is not Verdict.ACCEPTED or entry is None:
+            return self.drop(verdict)
+        wanted = entry.missing.pop(envelope.block_index)
+        entry.landed.add(envelope.block_index)
+        entry.last_frame = now
+        complete = not entry.missing
+        if complete:
+            self._end(envelope.handoff_id, Verdict.AFTER_COMPLETE)
+        return Accept(envelope.handoff_id, wanted.block_id, complete)
+
+    def _judge(self, envelope: Envelope, block: Block, entry: _Open | None, now: float) -> Verdict:
+        if envelope.incarnation != self._incarnation:
+            return Verdict.WRONG_INCARNATION
+        if entry is None:
+            return self._ended.get(envelope.handoff_id, Verdict.UNKNOWN_HANDOFF)
+        if envelope.generation != entry.generation:
+            return Verdict.OLD_GENERATION
+        if entry.overdue or now >= entry.lease_end:
+            return Verdict.EXPIRED
+        if envelope.block_index in entry.landed:
+            return Verdict.DUPLICATE
+        wanted = entry.missing.get(envelope.block_index)
+        matches = (
+            wanted is not None
+            and envelope.total == entry.total
+            and block.key == wanted.key
+            and block.token_count == wanted.token_count
+            and block.range == self._range
+            and len(block.payload) == self._payload_bytes
+        )
+        return Verdict.ACCEPTED if matches else Verdict.WRONG_BLOCK
+
+    def drop(self, verdict: Verdict) -> Drop:
+        """Count a frame that is not used, also one that could not even be decoded."""
+        self.dropped[verdict] = self.dropped.get(verdict, 0) + 1
+        return Drop(verdict)
+
+    def missing(self, handoff_id: bytes) -> list[WantedBlock]:
+        """Blocks that have not landed, in the order of the sequence; none once it ended."""
+        entry = self._open.get(handoff_id)
+        return [] if entry is None else [entry.missing[i] for i in sorted(entry.missing)]
+
+    def fail(self, handoff_id: bytes) -> list[WantedBlock]:
+        """Give up; returns the blocks that did not land."""
+        missing = self.missing(handoff_id)
+        self._end(handoff_id, Verdict.AFTER_FAILURE)
+        return missing
+
+    def abort(self, handoff_id: bytes) -> bool:
+        """The sequence is gone and its pages with it. False when the handoff had ended."""
+        return self._end(handoff_id, Verdict.AFTER_ABORT)
+
+    def expire(self, now: float) -> list[Overdue]:
+        """Attempts whose lease ended or that went silent since the last call."""
+        overdue = []
+        for handoff_id, entry in self._open.items():
+            if entry.overdue:
+                continue
+            reason = ""
+            if now >= entry.lease_end:
+                reason = "its lease ended"
+            elif now - entry.last_frame >= self._stall_timeout_s:
+                reason = f"no block came for {self._stall_timeout_s:g} s"
+            if reason:
+                entry.overdue = True
+                overdue.append(Overdue(handoff_id, entry.generation, reason))
+        return overdue
+
+    def _end(self, handoff_id: bytes, late_frames_are: Verdict) -> bool:
+        if self._open.pop(handoff_id, None) is None:
+            return False
+        self._ended[handoff_id] = late_frames_are
+        if len(self._ended) > REMEMBERED_HANDOFFS:
+            self._ended.popitem(last=False)
+        return True

@@ -1,0 +1,185 @@
+"""The store first, a handoff for the rest."""
+
+import random
+
+import pytest
+
+from common.kv.connector import KVConnector
+from common.kv.connectors.chain import ChainConnector
+from common.kv.connectors.handoff import HandoffReceiver
+from common.kv.connectors.store import StoreConnector, StoreSettings
+from common.kv.handoff import HandoffPolicy, PrefillCandidates
+from common.rpc.loop import LoopThread
+from tests.kv.store_process import StoreProcess
+from tests.kv.support import CARD, PrefillWorker, Worker, until
+
+pytestmark = pytest.mark.timeout(60)
+PATIENT = StoreSettings(lookup_timeout_s=5.0)
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(1000) for _ in range(length)]
+
+
+@pytest.fixture(scope="module")
+def store():
+    with StoreProcess() as process:
+        yield process
+
+
+@pytest.fixture
+def loop():
+    """One loop for all connectors, as a service has."""
+    loop = LoopThread("test-kv")
+    yield loop
+    loop.close()
+
+
+@pytest.fixture
+def decode(store, loop):
+    receiver = HandoffReceiver(
+        incarnation="decode-1",
+        model_card=lambda: CARD,
+        advertise_host="127.0.0.1",
+        data_host="127.0.0.1",
+        policy=HandoffPolicy(min_tokens=8),
+        loop=loop,
+    )
+    receiver.listen()
+    chain = ChainConnector([StoreConnector([store.address], loop=loop, settings=PATIENT), receiver])
+    yield Worker(chain)
+    chain.shutdown()
+
+
+@pytest.fixture
+def prefill(store):
+    worker = PrefillWorker(
+        lambda sender: ChainConnector([StoreConnector([store.address], settings=PATIENT), sender])
+    )
+    yield worker
+    worker.stop()
+
+
+def test_what_the_store_lacks_comes_by_handoff(store, prefill, decode):
+    prompt = prompt_of(300, seed=1)
+    other = Worker(StoreConnector([store.address], settings=PATIENT))
+    sequence = other.submit("first", prompt[:160])
+    other.run("first")
+    until(lambda: store.lookup(*sequence.block_keys[:10]) == 10)
+    decode.submit("r", prompt, transfer=PrefillCandidates((prefill.address,)))
+    output = decode.run("r")
+    assert decode.computed_tokens == 1
+    assert prefill.calls[0].first_block == 10
+    # The prefill worker has its first 160 tokens from the store too, but sends none of them.
+    assert output.cached_tokens == 160
+    assert prefill.worker.computed_tokens == 299 - 160
+    assert decode.idle()
+    other.connector.shutdown()
+
+
+def test_what_the_prefill_worker_computes_goes_to_the_store_for_all(store, prefill, decode):
+    prompt = prompt_of(200, seed=2)
+    sequence = decode.submit("r", prompt, transfer=PrefillCandidates((prefill.address,)))
+    assert decode.run("r").cached_tokens == 0
+    until(lambda: store.lookup(*sequence.block_keys[:12]) == 12)
+    other = Worker(StoreConnector([store.address], settings=PATIENT))
+    other.submit("again", prompt)
+    assert other.run("again").cached_tokens == 192
+    other.connector.shutdown()
+
+
+def test_when_the_handoff_fails_the_blocks_of_the_store_stay(store, decode):
+    prompt = prompt_of(200, seed=3)
+    other = Worker(StoreConnector([store.address], settings=PATIENT))
+    sequence = other.submit("first", prompt[:100])
+    other.run("first")
+    until(lambda: store.lookup(*sequence.block_keys[:6]) == 6)
+    decode.submit("r", prompt, transfer=PrefillCandidates(("127.0.0.1:1",)))
+    output = decode.run("r")
+    assert output.cached_tokens == 96
+    assert decode.computed_tokens == 104
+    other.connector.shutdown()
+
+
+class Scripted(KVConnector):
+    """A member that loads as many tokens as it is told, and is done when it is told."""
+
+    def __init__(self, tokens: int | None):
+        self.tokens = tokens
+        self.done: set[str] = set()
+        self.failed: set[int] = set()
+        self.asked: list[int] = []
+        self.given: list[tuple[list[int], int]] = []
+        self.finished: list[str] = []
+
+    def get_num_new_matched_tokens(self, sequence, num_computed_tokens):
+        self.asked.append(num_computed_tokens)
+        return self.tokens, bool(self.tokens)
+
+    def update_state_after_alloc(self, sequence, block_ids, num_external_tokens):
+        self.given.append((block_ids, num_external_tokens))
+
+    def get_finished(self, finished_request_ids):
+        done, self.done = self.done, set()
+        return set(), done
+
+    def get_block_ids_with_load_errors(self):
+        failed, self.failed = self.failed, set()
+        return failed
+
+    def request_finished(self, sequence, block_ids):
+        self.finished.append(sequence.request_id)
+        return False
+
+
+def test_each_member_is_asked_from_where_those_before_it_end():
+    a, b = Scripted(32), Scripted(20)
+    worker = Worker(ChainConnector([a, b]))
+    worker.submit("r", prompt_of(100, seed=4))
+    worker.turn()
+    assert (a.asked, b.asked) == ([0], [32])
+    (a_blocks, a_tokens), (b_blocks, b_tokens) = a.given[0], b.given[0]
+    assert (len(a_blocks), a_tokens, len(b_blocks), b_tokens) == (2, 32, 4, 20)
+    assert b_blocks[:2] == a_blocks
+
+
+def test_a_sequence_waits_until_every_member_is_done_and_errors_come_with_it():
+    a, b = Scripted(32), Scripted(32)
+    worker = Worker(ChainConnector([a, b]))
+    sequence = worker.submit("r", prompt_of(100, seed=5))
+    worker.turn()
+    a.failed, a.done = {sequence.block_table[1]}, {"r"}
+    worker.turn()
+    assert worker.scheduler.num_loading == 1
+    b.done = {"r"}
+    # Neither wrote a page here: only what is computed may be read.
+    for page in sequence.block_table[:1]:
+        worker.cache[page] = 0
+    worker._check_past = lambda sequence, length: None
+    worker.run("r")
+    assert worker.computed_tokens == 100 - 16
+
+
+def test_one_member_that_does_not_know_yet_makes_the_sequence_wait():
+    a, b = Scripted(None), Scripted(0)
+    worker = Worker(ChainConnector([a, b]))
+    worker.submit("r", prompt_of(50, seed=6))
+    worker.turn()
+    assert worker.scheduler.num_waiting == 1
+    assert b.asked == []
+    a.tokens = 0
+    worker.run("r")
+    assert b.asked == [0]
+
+
+def test_every_member_hears_of_the_end_of_a_request():
+    a, b = Scripted(32), Scripted(0)
+    worker = Worker(ChainConnector([a, b]))
+    worker.submit("r", prompt_of(50, seed=7))
+    worker.turn()
+    worker.abort("r")
+    assert a.finished == b.finished == ["r"]
+    a.done = {"r"}
+    worker.turn()
+    assert worker.idle()

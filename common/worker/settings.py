@@ -1,0 +1,76 @@
+"""Settings that prefill and decode workers share."""
+
+from pathlib import Path
+
+from pydantic import ByteSize, Field, field_validator
+
+from common.engine.config import EngineConfig
+from common.errors import ConfigError
+from common.rpc.discovery import own_address, parse_addresses
+from common.settings import ServiceSettings
+
+
+class WorkerSettings(ServiceSettings):
+    """A worker with an engine. Fields named like EngineConfig's mean what they mean there."""
+
+    model: Path = Field(
+        Path("models/baton-tiny"), description="folder of a Hugging Face checkpoint"
+    )
+    worker_id: str | None = Field(
+        None, max_length=128, description="name in /debug/state; unset: random"
+    )
+    advertise_host: str | None = Field(
+        None, description="host that peers connect to; unset: this machine's own address"
+    )
+    kvstore: str = Field("", description="KV stores, host:port[,host:port]; empty: none")
+    dtype: str = Field("auto", description="auto, float32 or bfloat16: what is computed in")
+    kv_dtype: str = Field("auto", description="auto, float32, bf16 or fp8_e4m3: the KV cache's")
+    block_size: int = Field(16, description="tokens in a KV block")
+    max_model_len: int | None = Field(
+        None, description="most tokens of a sequence; unset: the model's own limit"
+    )
+    num_blocks: int | None = Field(None, description="KV blocks; unset: from --kv-cache-bytes")
+    kv_cache_bytes: ByteSize = Field(
+        ByteSize(512 * 2**20), description="memory for the KV cache, for example 512MiB"
+    )
+    max_num_seqs: int = Field(64, description="sequences in one step")
+    max_num_batched_tokens: int = Field(512, description="tokens in one step")
+    max_waiting: int = Field(256, description="requests that may wait; more are refused")
+    prefix_caching: bool = Field(True, description="reuse the KV of equal prefixes")
+    device: str = Field("cpu", description="torch device")
+    threads: int | None = Field(None, description="torch threads; unset: torch's own choice")
+
+    @field_validator("kvstore")
+    @classmethod
+    def _check_addresses(cls, value: str) -> str:
+        try:
+            parse_addresses(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return value
+
+    @property
+    def kvstore_addresses(self) -> tuple[str, ...]:
+        return tuple(part.strip() for part in self.kvstore.split(",") if part.strip())
+
+    @property
+    def advertised_host(self) -> str:
+        return own_address(self.host, self.advertise_host)
+
+    def engine_config(self) -> EngineConfig:
+        """Raises ConfigError, naming the setting, for a value that cannot work."""
+        return EngineConfig(
+            model=self.model,
+            dtype=self.dtype,
+            kv_dtype=self.kv_dtype,
+            block_size=self.block_size,
+            max_model_len=self.max_model_len,
+            num_blocks=self.num_blocks,
+            kv_cache_bytes=int(self.kv_cache_bytes),
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_waiting=self.max_waiting,
+            prefix_caching=self.prefix_caching,
+            device=self.device,
+            threads=self.threads,
+        )

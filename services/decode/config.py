@@ -1,0 +1,35 @@
+"""What a decode worker is told: flags, or BATON_ variables as their defaults."""
+
+from pydantic import Field
+
+from common.kv.handoff import HandoffPolicy
+from common.worker.settings import WorkerSettings
+
+
+class DecodeConfig(WorkerSettings):
+    """A decode worker owns sequences: it has their prompts prefilled and generates their tokens."""
+
+    port: int = Field(7200, ge=0, le=65535, description="gRPC port; 0 takes a free one")
+    data_port: int = Field(
+        0, ge=0, le=65535, description="port where prefill workers push KV; 0 takes a free one"
+    )
+    remote_prefill_min_tokens: int = Field(
+        64, ge=1, description="prompts with fewer uncached tokens are prefilled here"
+    )
+    handoff_lease_s: float = Field(
+        60.0, gt=0, le=3600, description="most seconds that one prefill worker gets"
+    )
+    handoff_stall_s: float = Field(
+        10.0, gt=0, le=3600, description="most seconds between two blocks of a handoff"
+    )
+    handoff_attempts: int = Field(
+        3, ge=1, le=16, description="prefill workers that are asked before prefilling here"
+    )
+
+    def handoff_policy(self) -> HandoffPolicy:
+        return HandoffPolicy(
+            min_tokens=self.remote_prefill_min_tokens,
+            lease_s=self.handoff_lease_s,
+            stall_timeout_s=self.handoff_stall_s,
+            max_attempts=self.handoff_attempts,
+        )

@@ -1,0 +1,353 @@
+"""One request's choices while decode workers generate them: submit, follow, recover, detokenize."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import structlog
+
+from baton.v1 import common_pb2, worker_pb2
+from common.errors import BatonError, Cancelled, DeadlineExceeded, Overloaded, Unavailable
+from common.rpc.errors import from_proto
+from common.telemetry.tracing import inject
+from common.text.detokenizer import IncrementalDecoder
+from services.gateway.requests import GenerateRequest
+from services.gateway.router import Route
+from services.gateway.scope import RequestScope
+from services.gateway.session import Event
+
+if TYPE_CHECKING:
+    from services.gateway.generate import Generator
+
+log = structlog.get_logger("gateway")
+
+# A request follows at most this many lost workers.
+MAX_RESUMES = 2
+# How long a request whose worker was lost waits for one to come (back) up.
+RESUME_WAIT_S = 5.0
+RESUME_RETRY_S = 0.05
+
+_REASONS = {
+    common_pb2.FINISH_REASON_STOP: "stop",
+    common_pb2.FINISH_REASON_LENGTH: "length",
+    common_pb2.FINISH_REASON_CANCELLED: "cancelled",
+    common_pb2.FINISH_REASON_ERROR: "error",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What is new of one choice. `finish_reason` (stop or length) is set on its last one."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One sequence: `tokens` is what its worker gave so far, `address` the worker that has it."""
+
+    index: int
+    prompt: list[int]
+    keys: list[bytes]
+    seed: int
+    max_tokens: int
+    decoder: IncrementalDecoder | None
+    tokens: list[int] = field(default_factory=list)
+    request_id: str = ""
+    address: str = ""
+    fingerprint: bytes = b""
+    attempts: int = 0
+    avoid: set[str] = field(default_factory=set)
+    cached_tokens: int | None = None
+    finish_reason: str | None = None
+    last_token_s: float = 0.0
+
+    def take(self, ids: Sequence[int], ended: bool) -> str:
+        """Count tokens, up to the one that completes a stop string; the text that is now safe."""
+        if self.decoder is None:
+            self.tokens += ids
+            return ""
+        pieces = []
+        for token in ids:
+            self.tokens.append(token)
+            pieces.append(self.decoder.push((token,)))
+            if self.decoder.stopped is not None:
+                break
+        if ended:
+            pieces.append(self.decoder.flush())
+        return "".join(pieces)
+
+    @property
+    def stopped(self) -> bool:
+        return self.decoder is not None and self.decoder.stopped is not None
+
+
+class Generation:
+    """The choices of one request while they are generated."""
+
+    def __init__(
+        self,
+        generator: "Generator",
+        request: GenerateRequest,
+        scope: RequestScope,
+        choices: list[Choice],
+        num_prompts: int,
+    ) -> None:
+        self.request = request
+        self.created_unix_s = int(time.time())
+        self.choices = choices
+        self._generator = generator
+        self._scope = scope
+        self._num_prompts = num_prompts
+        self._events: asyncio.Queue[tuple[Choice, str, Event]] = asyncio.Queue()
+        self._ready: deque[Delta] = deque()
+        self._first_token_s: float | None = None
+        hidden = () if request.sampling.ignore_eos else generator.model.eos_token_ids
+        self._stop_ids = frozenset(hidden) | frozenset(request.sampling.stop_token_ids)
+
+    @property
+    def id(self) -> str:
+        prefix = "cmpl" if self.request.messages is None else "chatcmpl"
+        return f"{prefix}-{self._scope.unique_id}"
+
+    @property
+    def usage(self) -> Usage:
+        first = [c for c in self.choices if c.index % self.request.n == 0]
+        return Usage(
+            prompt_tokens=sum(len(c.prompt) for c in first),
+            completion_tokens=sum(len(c.tokens) for c in self.choices),
+            cached_tokens=sum(min(c.cached_tokens or 0, len(c.prompt)) for c in first),
+        )
+
+    def prompt_text(self, choice: Choice) -> str:
+        """What `echo` puts before the completion."""
+        prompt = self.request.prompts[choice.index // self.request.n]
+        return prompt if isinstance(prompt, str) else self._generator.encoder.decode(prompt)
+
+    def submit_all(self) -> None:
+        for choice in self.choices:
+            self._submit(choice)
+
+    async def wait_first(self) -> None:
+        """Returns when there is a delta: from here on the answer is a success, so far."""
+        if not self._ready and self._open:
+            self._ready.append(await self._next())
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """What is new, choices interleaved, until all ended. Raises BatonError."""
+        while self._ready or self._open:
+            yield self._ready.popleft() if self._ready else await self._next()
+
+    def close(self) -> None:
+        """Cancel what still runs."""
+        for choice in self.choices:
+            if choice.finish_reason is None:
+                self._cancel(choice)
+        usage = self.usage
+        for name in ("prompt_tokens", "completion_tokens", "cached_tokens"):
+            self._scope.span.set_attribute(name, getattr(usage, name))
+        self._scope.span.set_attribute("attempts", max(c.attempts for c in self.choices))
+        seconds = time.monotonic() - self._scope.started_s
+        reasons = [choice.finish_reason for choice in self.choices]
+        self._generator.metrics.generation_ended(usage, reasons, seconds)
+        log.info(
+            "request_ended",
+            request=self._scope.request_id,
+            route=self._scope.route,
+            trace_id=self._scope.headers()["x-trace-id"],
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            finish_reasons=reasons,
+            ms=round(seconds * 1000, 2),
+        )
+
+    @property
+    def _open(self) -> bool:
+        return any(choice.finish_reason is None for choice in self.choices)
+
+    # To the workers ---------------------------------------------------------------------------
+
+    def _submit(self, choice: Choice) -> None:
+        """Route and hand over. Raises Unavailable or Overloaded when nobody takes it."""
+        generator = self._generator
+        start_ns = time.time_ns()
+        route = generator.route(choice)
+        session = generator.fleet.session(route.decode.address)
+        if session is None:
+            raise Unavailable(f"decode worker {route.decode.address} just left; try again")
+        choice.request_id = f"{self._scope.unique_id}-{choice.index}-{choice.attempts}"
+        choice.address = route.decode.address
+        choice.fingerprint = route.decode.fingerprint
+        request_id = choice.request_id
+        session.submit(
+            self._message(choice, route),
+            lambda event: self._events.put_nowait((choice, request_id, event)),
+        )
+        generator.index.record(choice.keys, choice.address)
+        for address in route.prefill[:1]:
+            generator.index.record(choice.keys, address)
+        generator.tracing.record(
+            "gateway.route",
+            self._scope.context,
+            start_ns,
+            time.time_ns(),
+            attributes={
+                "worker": route.decode.address,
+                "prefill_candidates": ",".join(route.prefill),
+                "prompt_tokens": len(choice.prompt),
+                "expected_cached_tokens": route.matched_tokens,
+                "attempt": choice.attempts,
+            },
+        )
+
+    def _message(self, choice: Choice, route: Route) -> worker_pb2.Submit:
+        params = self.request.sampling
+        done = len(choice.tokens)
+        traceparent, tracestate = inject(self._scope.context)
+        return worker_pb2.Submit(
+            request_id=choice.request_id,
+            token_ids=choice.prompt + choice.tokens,
+            sampling=common_pb2.SamplingParams(
+                temperature=params.temperature,
+                top_k=max(0, params.top_k),
+                top_p=params.top_p,
+                min_p=params.min_p,
+                seed=choice.seed,
+                max_tokens=choice.max_tokens - done,
+                min_tokens=max(0, params.min_tokens - done),
+                stop_token_ids=params.stop_token_ids,
+                ignore_eos=params.ignore_eos,
+            ),
+            remaining_ms=max(1, min(2**32 - 1, int(self._scope.remaining_s * 1000))),
+            prefill_candidates=route.prefill,
+            traceparent=traceparent,
+            tracestate=tracestate,
+        )
+
+    def _cancel(self, choice: Choice) -> None:
+        session = self._generator.fleet.session(choice.address)
+        if session is not None and choice.request_id:
+            session.cancel(choice.request_id)
+
+    # From the workers -------------------------------------------------------------------------
+
+    async def _next(self) -> Delta:
+        while True:
+            choice, request_id, event = await self._next_event()
+            if choice.finish_reason is not None or request_id != choice.request_id:
+                continue  # said before this choice was stopped or moved
+            delta = await self._follow(choice, event)
+            if delta is not None and (delta.token_ids or delta.text or delta.finish_reason):
+                return delta
+
+    async def _follow(self, choice: Choice, event: Event) -> Delta | None:
+        if isinstance(event, Unavailable):
+            return await self._recover(choice, event)
+        error = _error_of(event)
+        if error is not None:
+            return await self._recover(choice, error)
+        return self._take(choice, event)
+
+    async def _next_event(self) -> tuple[Choice, str, Event]:
+        if not self._events.empty():
+            return self._events.get_nowait()
+        try:
+            async with asyncio.timeout(max(0.0, self._scope.remaining_s)):
+                return await self._events.get()
+        except TimeoutError as error:
+            raise _out_of_time() from error
+
+    def _take(self, choice: Choice, event: worker_pb2.TokenDelta) -> Delta:
+        if choice.cached_tokens is None and event.HasField("cached_tokens"):
+            choice.cached_tokens = event.cached_tokens
+        ids = list(event.token_ids)
+        reason = _REASONS.get(event.finish_reason)
+        # A token that ends the sequence is counted, but it is no text.
+        ending = ids[-1:] if reason == "stop" and ids and ids[-1] in self._stop_ids else []
+        before = len(choice.tokens)
+        text = choice.take(ids[: len(ids) - len(ending)], ended=reason is not None)
+        if choice.stopped:
+            if reason is None:
+                self._cancel(choice)
+            reason = "stop"
+        else:
+            choice.tokens += ending
+        choice.finish_reason = reason
+        new = tuple(choice.tokens[before:])
+        self._observe(choice, len(new))
+        return Delta(choice.index, text, new, reason)
+
+    def _observe(self, choice: Choice, count: int) -> None:
+        if not count:
+            return
+        now = time.monotonic()
+        metrics = self._generator.metrics
+        if self._first_token_s is None:
+            self._first_token_s = now
+            metrics.first_token(now - self._scope.started_s)
+        if choice.last_token_s:
+            metrics.next_tokens(now - choice.last_token_s, count)
+        choice.last_token_s = now
+
+    async def _recover(self, choice: Choice, error: BatonError) -> Delta | None:
+        """Go on elsewhere after a lost worker, or after one that turned out to be full; the last
+        delta where nothing was left to generate.
+
+        Raises the error where going on is not possible.
+        """
+        fleet = self._generator.fleet
+        full = isinstance(error, Overloaded) and not choice.tokens
+        lost = isinstance(error, Unavailable)
+        if not (full or lost) or choice.attempts >= MAX_RESUMES:
+            raise error
+        choice.avoid.add(choice.address)
+        if full and all(w.address in choice.avoid for w in fleet.usable("decode")):
+            raise error
+        choice.attempts += 1
+        self._generator.metrics.resumed(mid_stream=bool(choice.tokens))
+        if len(choice.tokens) >= choice.max_tokens:  # lost between the last token and saying so
+            choice.finish_reason = "length"
+            text = choice.decoder.flush() if choice.decoder is not None else ""
+            return Delta(choice.index, text, (), "length")
+        await self._submit_again(choice, error)
+        return None
+
+    async def _submit_again(self, choice: Choice, error: BatonError) -> None:
+        end = time.monotonic() + min(RESUME_WAIT_S, max(0.0, self._scope.remaining_s))
+        while True:
+            await self._generator.fleet.wait_usable(max(0.0, end - time.monotonic()))
+            try:
+                self._submit(choice)
+            except (Unavailable, Overloaded):
+                if time.monotonic() >= end:
+                    raise error from None
+                await asyncio.sleep(RESUME_RETRY_S)
+            else:
+                return
+
+
+def _error_of(event: worker_pb2.TokenDelta) -> BatonError | None:
+    if event.HasField("error"):
+        return from_proto(event.error)
+    if event.finish_reason == common_pb2.FINISH_REASON_CANCELLED:
+        return Cancelled("the decode worker cancelled the request")
+    if event.finish_reason == common_pb2.FINISH_REASON_ERROR:
+        return BatonError("the decode worker failed the request and did not say why")
+    return None
+
+
+def _out_of_time() -> DeadlineExceeded:
+    return DeadlineExceeded("the request's time ran out before its answer was complete")

@@ -14,9 +14,31 @@ from zlib import crc32
 CountTokens = Callable[[str], int]
 Message = dict[str, str]
 
-WORDS: tuple[str, ...] = tuple(
-    ["acorn", "amber", "anchor", "ankle", "apple", "apron", "arrow", "autumn", "bacon", "badge", "baker", "bamboo", "banana", "banjo", "banner", "barn", "barrel", "basket", "beach", "beacon", "bear", "beaver", "bell", "bench", "berry", "bird", "bishop", "blanket", "blossom", "boat", "bonfire", "book", "boot", "bottle", "bowl", "branch", "bread", "breeze", "brick", "bridge", "broom", "brush", "bucket", "butter", "button", "cabin", "cable", "cactus", "camel", "camera", "candle", "cannon", "canoe", "canyon", "carpet", "carrot", "castle", "cave", "cedar", "chain", "chair", "chalk", "cheese", "cherry", "chest", "chimney", "church", "cinema", "circle", "cliff", "clock", "cloud", "clover", "coast", "coat", "cobalt", "coconut", "coffee", "comet", "compass", "copper", "coral", "cotton", "cradle", "crane", "crayon", "creek", "crow", "crown", "crystal", "curtain", "daisy", "dancer", "desert", "desk", "diamond", "dolphin", "donkey", "door", "dragon", "drum", "duck", "eagle", "easel", "elbow", "elm", "ember", "engine", "falcon", "farmer", "feather", "fence", "fern", "ferry", "fiddle", "field", "flag", "flame", "flask", "flower", "flute", "forest", "fork", "fossil", "fountain", "fox", "frame", "frost", "galaxy", "garden", "garlic", "gate", "ginger", "giraffe", "glacier", "glass", "glove", "goat", "goose", "grape", "gravel", "guitar", "hammer", "harbor", "harp", "hat", "hawk", "hazel", "heron", "hill", "honey", "horn", "horse", "hotel", "house", "iceberg", "igloo", "ink", "island", "ivory", "ivy", "jacket", "jar", "jewel", "jungle", "kayak", "kettle", "key", "kitchen", "kite", "kitten", "knife", "ladder", "lagoon", "lake", "lamp", "lantern", "lemon", "lentil", "letter", "lily", "lion", "lizard", "lobster", "lotus", "magnet", "mango", "maple", "marble", "market", "mask", "meadow", "melon", "metal", "mint", "mirror", "mitten", "monkey", "moon", "moss", "motor", "mountain", "mouse", "museum", "mushroom", "napkin", "needle", "nest", "nickel", "nut", "oak", "oasis", "ocean", "olive", "onion", "orange", "orchid", "otter", "owl", "oyster", "paddle", "palace", "panda", "paper", "parrot", "peach", "peanut", "pearl", "pebble", "pencil", "pepper", "piano", "pigeon", "pillow", "pine", "pirate", "planet", "plate", "plum", "pocket", "pond", "poppy", "potato", "prairie", "pumpkin", "puzzle", "pyramid", "quartz", "quilt", "rabbit", "radio", "rail", "rainbow", "raven", "reef", "ribbon", "rice", "ring", "river", "robin", "rocket", "rope", "rose", "ruby", "saddle", "sail", "salmon", "salt", "sand", "satin", "scarf", "school", "shadow", "sheep", "shell", "ship", "shovel", "silk", "silver", "slipper", "snail", "snow", "soap", "spider", "spoon", "spruce", "squirrel", "statue", "storm", "stove", "sugar", "summit", "swan", "sword", "table", "tailor", "teapot", "temple", "tent", "thistle", "thunder", "tiger", "timber", "tomato", "tower", "trail", "train", "trumpet", "tulip", "tunnel", "turtle", "valley", "vase", "velvet", "violin", "walnut", "walrus", "wagon", "water", "wheat", "wheel", "whistle", "willow", "window", "winter", "wolf", "yarn", "zebra"]
-)
+_WORD_LIST = """
+acorn amber anchor ankle apple apron arrow autumn bacon badge baker bamboo banana banjo banner
+barn barrel basket beach beacon bear beaver bell bench berry bird bishop blanket blossom boat
+bonfire book boot bottle bowl branch bread breeze brick bridge broom brush bucket butter button
+cabin cable cactus camel camera candle cannon canoe canyon carpet carrot castle cave cedar chain
+chair chalk cheese cherry chest chimney church cinema circle cliff clock cloud clover coast coat
+cobalt coconut coffee comet compass copper coral cotton cradle crane crayon creek crow crown
+crystal curtain daisy dancer desert desk diamond dolphin donkey door dragon drum duck eagle
+easel elbow elm ember engine falcon farmer feather fence fern ferry fiddle field flag flame
+flask flower flute forest fork fossil fountain fox frame frost galaxy garden garlic gate ginger
+giraffe glacier glass glove goat goose grape gravel guitar hammer harbor harp hat hawk hazel
+heron hill honey horn horse hotel house iceberg igloo ink island ivory ivy jacket jar jewel
+jungle kayak kettle key kitchen kite kitten knife ladder lagoon lake lamp lantern lemon lentil
+letter lily lion lizard lobster lotus magnet mango maple marble market mask meadow melon metal
+mint mirror mitten monkey moon moss motor mountain mouse museum mushroom napkin needle nest
+nickel nut oak oasis ocean olive onion orange orchid otter owl oyster paddle palace panda paper
+parrot peach peanut pearl pebble pencil pepper piano pigeon pillow pine pirate planet plate plum
+pocket pond poppy potato prairie pumpkin puzzle pyramid quartz quilt rabbit radio rail rainbow
+raven reef ribbon rice ring river robin rocket rope rose ruby saddle sail salmon salt sand satin
+scarf school shadow sheep shell ship shovel silk silver slipper snail snow soap spider spoon
+spruce squirrel statue storm stove sugar summit swan sword table tailor teapot temple tent
+thistle thunder tiger timber tomato tower trail train trumpet tulip tunnel turtle valley vase
+velvet violin walnut walrus wagon water wheat wheel whistle willow window winter wolf yarn zebra
+"""
+WORDS: tuple[str, ...] = tuple(_WORD_LIST.split())
 
 _ADJECTIVES = ("old", "small", "quiet", "bright", "cold", "green", "heavy", "lost", "new", "plain")
 _VERBS = ("stands", "waits", "rests", "hides", "lies", "sleeps")
@@ -99,7 +121,7 @@ _JSON_ASKS = (
 )
 _COPY_ASKS = ("Copy: {x}", "Repeat: {x}", "Repeat these words: {x}", "Copy this text: {x}")
 _REVERSE_ASKS = ("Reverse: {x}", "Say these words in reverse order: {x}", "Backwards: {x}")
-_ADD_ASKS = ("What is {a} + {b}?", "{a} + {b} = ?", "Add {a} and {b}.", "Compute {a} + {b}.")
+ADD_ASKS = ("What is {a} + {b}?", "{a} + {b}?", "Add {a} and {b}.", "Compute {a} + {b}.")
 
 
 @dataclass(frozen=True)
@@ -197,13 +219,15 @@ def is_held_out_pair(a: int, b: int) -> bool:
     return crc32(f"{a}+{b}".encode()) % 10 == 0
 
 
-def ask_add(rng: random.Random, digits: int, *, held_out: bool) -> tuple[str, str]:
+def ask_add(
+    rng: random.Random, digits: int, *, held_out: bool, asks: tuple[str, ...] = ADD_ASKS
+) -> tuple[str, str]:
     """A sum of two numbers of `digits` digits each, from one side of the held-out split."""
     low, high = 10 ** (digits - 1), 10**digits - 1
     while True:
         a, b = rng.randint(low, high), rng.randint(low, high)
         if is_held_out_pair(a, b) == held_out:
-            return rng.choice(_ADD_ASKS).format(a=a, b=b), str(a + b)
+            return rng.choice(asks).format(a=a, b=b), str(a + b)
 
 
 def ask_fact(rng: random.Random) -> tuple[str, str]:
@@ -228,11 +252,11 @@ def json_recall(rng: random.Random, context_tokens: int, count_tokens: CountToke
 
 def short_question(rng: random.Random, task: str) -> Question:
     """A held-out question of a task without codes: copy, reverse, add2, add3 or facts."""
-    ask, answer = _SHORT_TASKS[task](rng)
+    ask, answer = SHORT_TASKS[task](rng)
     return Question(task, _user(ask), answer)
 
 
-_SHORT_TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
+SHORT_TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "copy": ask_copy,
     "reverse": ask_reverse,
     "add2": lambda rng: ask_add(rng, 2, held_out=True),

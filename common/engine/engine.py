@@ -326,6 +326,7 @@ class Engine:
         told = error
         if not isinstance(error, BatonError):
             told = BatonError("a step of the engine failed; the worker's log says why")
+            told.__cause__ = error
         if plan is not None and plan.sequences:
             self._end([s.request_id for s in plan.sequences if s.phase is not Phase.FINISHED], told)
         else:  # nothing says whose fault it was

@@ -1,6 +1,7 @@
 """A container engine for the test: Debian's packages, and a daemon where none runs."""
 
 import contextlib
+import fcntl
 import os
 import subprocess
 import tempfile
@@ -60,7 +61,7 @@ def running_engine() -> Iterator[dict[str, str]]:
     if _answers(environ):
         yield environ
         return
-    with tempfile.TemporaryDirectory(prefix="baton-docker-") as folder:
+    with _only_user_of(CACHE), tempfile.TemporaryDirectory(prefix="baton-docker-") as folder:
         environ["DOCKER_HOST"] = f"unix://{folder}/docker.sock"
         daemon = _start_daemon(Path(folder), environ)
         try:
@@ -72,6 +73,15 @@ def running_engine() -> Iterator[dict[str, str]]:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+
+
+@contextlib.contextmanager
+def _only_user_of(folder: Path) -> Iterator[None]:
+    """Two daemons must not share their data: whoever comes second waits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _answers(environ: dict[str, str]) -> bool:
@@ -86,9 +96,10 @@ def _answers(environ: dict[str, str]) -> bool:
 
 
 def _start_daemon(folder: Path, environ: dict[str, str]) -> subprocess.Popen[bytes]:
-    CACHE.mkdir(parents=True, exist_ok=True)
     log = folder / "dockerd.log"
     command = [
+        # It ends with this process, also when that is killed.
+        *("setpriv", "--pdeathsig=TERM"),
         DOCKERD,
         f"--host={environ['DOCKER_HOST']}",
         f"--data-root={CACHE / 'docker'}",

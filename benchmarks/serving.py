@@ -3,7 +3,7 @@
     python benchmarks/serving.py --url http://127.0.0.1:8000 --requests 64 --concurrency 16
     python benchmarks/serving.py --url ... --transformers models/baton-tiny
 
-Requests are random words of `--input-tokens` tokens and ask for exactly `--output-tokens`
+Prompts are `--input-words` random words; requests ask for exactly `--output-tokens`
 (`ignore_eos`, where the endpoint knows it). With `--transformers`, the same prompts go through
 `generate` of Hugging Face transformers in batches of the same size, alternating with the endpoint
 `--rounds` times, so that both sides see the same machine. Absolute times on a shared CPU prove
@@ -215,7 +215,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="default: the first one of /v1/models")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=16)
-    parser.add_argument("--input-tokens", type=int, default=128, help="words, about one token each")
+    parser.add_argument("--input-words", type=int, default=128, help="words of a prompt")
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     reports: list[Report] = []
     for round_number in range(args.rounds):
         # Other prompts each round: a prefix cache must not answer for the engine.
-        prompts = make_prompts(args.requests, args.input_tokens, args.seed + round_number)
+        prompts = make_prompts(args.requests, args.input_words, args.seed + round_number)
         reports.append(asyncio.run(run_endpoint(args, prompts)))
         print_report(reports[-1])
         if reference:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import Field, field_validator
+from pydantic import ByteSize, Field, field_validator
 
 from common.errors import ConfigError
 from common.rpc.discovery import parse_addresses
@@ -27,8 +27,11 @@ class GatewayConfig(ServiceSettings):
     prefill: str = Field("", description="prefill workers, host:port[,host:port]")
     decode: str = Field("127.0.0.1:7200", description="decode workers, host:port[,host:port]")
     kvstore: str = Field("", description="KV stores, host:port[,host:port]; shown in /debug/state")
-    max_body_bytes: int = Field(
-        4 * 2**20, ge=1024, le=2**30, description="largest request; longer ones get 413"
+    max_body_bytes: ByteSize = Field(
+        ByteSize(4 * 2**20),
+        ge=1024,
+        le=2**30,
+        description="largest request, for example 4MiB; longer ones get 413",
     )
     request_timeout_s: float = Field(
         600.0, gt=0, le=86_400, description="most seconds that a request may take"

@@ -1,0 +1,74 @@
+"""Services killed under load: clients get the same tokens, and nothing is kept."""
+
+import concurrent.futures
+import json
+import signal
+from pathlib import Path
+
+import httpx
+
+from tests.support.mesh import Mesh, wait_until
+
+PROMPT = "codes: river=4821 lamp=1937 stone=2750 cloud=9164 "
+BODY = {
+    "model": "baton-tiny",
+    "prompt": PROMPT * 6,
+    "max_tokens": 600,
+    "temperature": 1.0,
+    "seed": 7,
+    "ignore_eos": True,
+}
+
+
+def text_of(mesh: Mesh, body: dict[str, object]) -> str:
+    answer = httpx.post(f"{mesh.url}/v1/completions", json=body, timeout=120)
+    return answer.raise_for_status().json()["choices"][0]["text"]
+
+
+def decode_at_work(mesh: Mesh) -> str | None:
+    """The address of a decode worker that generates."""
+    busy = [w for w in mesh.state()["workers"] if w["role"] == "decode" and w["running"]]
+    return busy[0]["address"] if busy else None
+
+
+def test_a_stream_goes_on_with_the_same_tokens_when_its_decode_worker_is_killed(
+    tmp_path: Path,
+) -> None:
+    with Mesh(tmp_path, decode=2) as mesh:
+        expected = text_of(mesh, BODY)
+        pieces: list[str] = []
+        body = {**BODY, "stream": True}
+        killed = False
+        with httpx.stream("POST", f"{mesh.url}/v1/completions", json=body, timeout=120) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    chunk = json.loads(line[6:])
+                    assert "error" not in chunk, chunk
+                    pieces += [choice["text"] for choice in chunk["choices"]]
+                if len(pieces) > 20 and not killed:
+                    address = wait_until(lambda: decode_at_work(mesh), 5, "a busy decode worker")
+                    victim = next(s for s in mesh.of("decode") if address.endswith(f":{s.port}"))
+                    victim.stop(signal.SIGKILL)
+                    killed = True
+        assert killed
+        assert "".join(pieces) == expected
+
+
+def test_prompts_are_prefilled_elsewhere_when_prefill_and_store_are_killed(tmp_path: Path) -> None:
+    with Mesh(tmp_path, prefill=2) as mesh:
+        bodies = [{**BODY, "prompt": f"{i} " + PROMPT * 20, "max_tokens": 8} for i in range(24)]
+        expected = [text_of(mesh, {**body, "seed": 8}) for body in bodies[:4]]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            answers = [pool.submit(text_of, mesh, {**body, "seed": 8}) for body in bodies]
+            for service in [*mesh.of("prefill"), *mesh.of("kvstore")]:
+                service.stop(signal.SIGKILL)
+            texts = [answer.result() for answer in answers]
+        assert texts[:4] == expected
+        alive = wait_until(lambda: decode_is_idle(mesh), 10, "an idle decode worker")
+        assert alive["blocks_used"] == 0
+
+
+def decode_is_idle(mesh: Mesh) -> dict[str, int] | None:
+    worker = next(w for w in mesh.state()["workers"] if w["role"] == "decode")
+    held = worker["running"] + worker["waiting"] + worker["blocks_used"] + worker["open_handoffs"]
+    return worker if worker["status"] == "ready" and held == 0 else None

@@ -56,7 +56,8 @@ def test_a_client_that_leaves_frees_the_blocks_within_a_second(client):
 
     with client.stream("POST", "/v1/completions", json=body) as response:
         assert response.status_code == 200, response.read()
-        assert next(response.iter_lines()).startswith('data: {"id"')
+        lines = response.iter_lines()  # held: a collected iterator closes the connection
+        assert next(lines).startswith('data: {"id"')
         wait_until(lambda: totals()["blocks_used"] > 0, 5, "blocks in use")
     wait_until(lambda: not any(totals().values()), 1.5, "idle")
 

@@ -92,6 +92,7 @@ class LLM:
         kv_cache_bytes: int = 512 * 2**20,
         seed: int | None = None,
         device: str = "cpu",
+        kernels: str = "auto",
         threads: int | None = None,
     ) -> None:
         self.config = EngineConfig(
@@ -107,6 +108,7 @@ class LLM:
             max_waiting=MAX_WAITING,
             prefix_caching=enable_prefix_caching,
             device=device,
+            kernels=kernels,
             threads=threads,
         )
         self.seed = seed

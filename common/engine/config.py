@@ -12,6 +12,7 @@ from common.errors import CheckpointError, ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16")
 KV_DTYPES = ("auto", "float32", "bf16", "fp8_e4m3")
+KERNELS = ("auto", "reference")
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 # Real configurations are a few KiB; a bigger file is not one.
 MAX_JSON_BYTES = 4 * 2**20
@@ -341,6 +342,8 @@ class EngineConfig:
     max_waiting             requests that may wait; more are refused
     prefix_caching          reuse the KV of equal prefixes
     device                  a torch device
+    kernels                 auto | reference: which implementation of the model's operations; auto
+                            takes the fastest that is exact on this machine
     threads                 torch threads; None: torch's own choice
 
     Raises ConfigError, naming the setting, for a value that cannot work.
@@ -358,12 +361,14 @@ class EngineConfig:
     max_waiting: int = 256
     prefix_caching: bool = True
     device: str = "cpu"
+    kernels: str = "auto"
     threads: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", Path(self.model))
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
+        _check_choice("kernels", self.kernels, KERNELS)
         _check_int("block_size", self.block_size, 1, 1024)
         _check_int("kv_cache_bytes", self.kv_cache_bytes, 1, 2**50)
         _check_int("max_num_seqs", self.max_num_seqs, 1, 2**16)

@@ -54,7 +54,7 @@ class ModelRunner:
             self._model = load_model(
                 model,
                 checkpoint,
-                select_ops(self.device),
+                select_ops(self.device, config.kernels),
                 max_len=self.max_model_len,
                 dtype=TORCH_DTYPES[dtype],
                 device=self.device,

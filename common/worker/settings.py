@@ -38,6 +38,7 @@ class WorkerSettings(ServiceSettings):
     max_waiting: int = Field(256, description="requests that may wait; more are refused")
     prefix_caching: bool = Field(True, description="reuse the KV of equal prefixes")
     device: str = Field("cpu", description="torch device")
+    kernels: str = Field("auto", description="auto or reference: the kernels of the model")
     threads: int | None = Field(None, description="torch threads; unset: torch's own choice")
 
     @field_validator("kvstore")
@@ -72,5 +73,6 @@ class WorkerSettings(ServiceSettings):
             max_waiting=self.max_waiting,
             prefix_caching=self.prefix_caching,
             device=self.device,
+            kernels=self.kernels,
             threads=self.threads,
         )

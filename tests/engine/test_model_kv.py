@@ -91,8 +91,10 @@ def test_kv_lies_in_the_block_where_the_layout_says(kv_dtype, code):
     cache = KVCache(layout, num_blocks=5, device=torch.device("cpu"))
     batch = make_batch([([0], 21, [9, 9, 3])], size=8)  # position 21: block 3, token 5
     k, v = torch.randn(1, 2, 4), torch.randn(1, 2, 4)
-    step = ReferenceOps().prepare(batch, cache, 2, (None,) * 3)
-    ReferenceOps().write_kv(k, v, cache, 1, step)
+    unturned = torch.ones(32, 4), torch.zeros(32, 4)
+    step = ReferenceOps().prepare(batch, cache, 2, (None,) * 3, unturned)
+    qkv = torch.cat((torch.randn(1, 2, 4), k, v), 1)
+    ReferenceOps().write_kv(qkv, cache, 1, step)
     raw, width = cache.data[3].numpy().tobytes(), struct.calcsize(code)
     assert len(raw) == layout.block_bytes
     for side, tensor in enumerate((k, v)):

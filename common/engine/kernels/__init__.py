@@ -3,43 +3,64 @@
 A model calls nothing but these. `reference.py` is plain torch and the oracle of the others.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
 from common.engine.batch import Batch
 from common.engine.cache import KVCache
+from common.engine.weight import Weight
 from common.errors import ConfigError
+
+# x [n, in], or what the `into` of a norm or activation made of it -> [n, out] of x's dtype.
+Linear = Callable[[Any], torch.Tensor]
 
 
 class Ops(Protocol):
-    """n is the number of tokens of the step; floats are the model's compute dtype."""
+    """n is the number of tokens of the step; floats are the model's compute dtype.
+
+    `into` names the Linear that reads a result: a backend may hand it over in the form that this
+    Linear multiplies fastest (quantized, say). Nothing else may read such a result.
+    """
+
+    def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
+        """Once at load: packs a matrix for this machine. The Linear multiplies by it, accumulates
+        in float32 and adds the bias [out]."""
 
     def prepare(
-        self, batch: Batch, cache: KVCache, num_heads: int, windows: tuple[int | None, ...]
+        self,
+        batch: Batch,
+        cache: KVCache,
+        num_heads: int,
+        windows: tuple[int | None, ...],
+        rope: tuple[torch.Tensor, torch.Tensor],
     ) -> Any:
         """Once a step: what the backend derives from the batch, handed back to `write_kv` and
-        `attention`. `windows` is each layer's attention window in tokens, None for all."""
-
-    def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """x [n, in], weight [out, in], bias [out] -> [n, out]; accumulates in float32."""
+        `attention`. `windows` is each layer's attention window in tokens, None for all; `rope` is
+        `rope_table`'s cos and sin."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x [..., d], weight [d] or [heads, d] (a weight for each head) -> like x."""
 
-    def rope(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """x [n, heads, d]; cos and sin [n, 1, d] float32, sin's first half negated -> like x."""
+    def add_norm(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        into: Linear,
+    ) -> tuple[torch.Tensor, Any]:
+        """x and delta [n, d] -> their sum (x itself without a delta), and its RMSNorm for `into`.
+        May overwrite x."""
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """gate_up [n, 2 * d], gate first -> silu(gate) * up [n, d]."""
+    def silu_mul(self, gate_up: torch.Tensor, into: Linear) -> Any:
+        """gate_up [n, 2 * d], gate first -> silu(gate) * up [n, d] for `into`."""
 
-    def write_kv(
-        self, k: torch.Tensor, v: torch.Tensor, cache: KVCache, layer: int, step: Any
-    ) -> None:
-        """k and v [n, kv_heads, d] go to the batch's slots of the layer, quantized to the cache's
-        dtype."""
+    def write_kv(self, qkv: torch.Tensor, cache: KVCache, layer: int, step: Any) -> torch.Tensor:
+        """qkv [n, heads + 2 * kv_heads, d], in this order: turns q and k by their positions, puts
+        k and v into the batch's slots of the layer, quantized to the cache's dtype; returns q
+        [n, heads, d]. May overwrite qkv."""
 
     def attention(self, q: torch.Tensor, cache: KVCache, layer: int, step: Any) -> torch.Tensor:
         """q [n, heads, d] attends causally to its sequence's KV through the block table, within
@@ -47,8 +68,8 @@ class Ops(Protocol):
         result, whatever they hold."""
 
 
-def select_ops(device: torch.device) -> Ops:
-    """The backend for a device, chosen once at start."""
+def select_ops(device: torch.device, kernels: str) -> Ops:
+    """The backend for a device, chosen once at start. `kernels` as in EngineConfig."""
     from common.engine.kernels.reference import ReferenceOps
 
     if device.type not in ("cpu", "cuda"):

@@ -1,16 +1,20 @@
-"""Plain torch, any device: the oracle of every other backend, and the first to serve.
+"""Plain torch, any device: the oracle of every other backend.
 
 Decoding sequences (one query each) are gathered into padded groups of like length, one attention
 call a group; longer queries take one call each.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from common.engine.batch import Batch
 from common.engine.cache import NULL_BLOCK, KVCache
+from common.engine.kernels import Linear
+from common.engine.weight import Weight
+from common.errors import ConfigError
 
 FP8_MAX = 448.0  # the largest finite e4m3 value
 # Decoding sequences in one group: contexts up to this many tokens, then up to twice that, ...
@@ -41,10 +45,13 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """block and offset [n] int64: the slot of each token. spans: by the layer's window."""
+    """block and offset [n] int64: the slot of each token. cos and sin [n, 1, d] float32: of each
+    token's position. spans: by the layer's window."""
 
     block: torch.Tensor
     offset: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
     spans: dict[int | None, list[Span]]
     windows: tuple[int | None, ...]
 
@@ -52,43 +59,59 @@ class Step:
 class ReferenceOps:
     """See `Ops`."""
 
+    def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
+        if weight.activation is not None:
+            raise ConfigError("quantized weights are not served by these kernels yet")
+        return partial(F.linear, weight=weight.values, bias=bias)
+
     def prepare(
-        self, batch: Batch, cache: KVCache, num_heads: int, windows: tuple[int | None, ...]
+        self,
+        batch: Batch,
+        cache: KVCache,
+        num_heads: int,
+        windows: tuple[int | None, ...],
+        rope: tuple[torch.Tensor, torch.Tensor],
     ) -> Step:
         size = cache.layout.block_size
+        cos, sin = (table[batch.positions].unsqueeze(1) for table in rope)
         spans = {window: plan_spans(batch, cache, window) for window in set(windows)}
-        return Step(batch.slot_mapping // size, batch.slot_mapping % size, spans, windows)
-
-    def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        return F.linear(x, weight, bias)
+        block, offset = batch.slot_mapping // size, batch.slot_mapping % size
+        return Step(block, offset, cos, sin, spans, windows)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         if weight.dim() == 1:
             return F.rms_norm(x, x.shape[-1:], weight, eps)
         return F.rms_norm(x, x.shape[-1:], None, eps) * weight
 
-    def rope(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        turned = torch.roll(wide, x.shape[-1] // 2, -1)
-        return torch.addcmul(wide * cos, turned, sin).to(x.dtype)
+    def add_norm(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        into: Linear,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if delta is not None:
+            x = x + delta
+        return x, self.rms_norm(x, weight, eps)
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def silu_mul(self, gate_up: torch.Tensor, into: Linear) -> torch.Tensor:
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
-    def write_kv(
-        self, k: torch.Tensor, v: torch.Tensor, cache: KVCache, layer: int, step: Step
-    ) -> None:
+    def write_kv(self, qkv: torch.Tensor, cache: KVCache, layer: int, step: Step) -> torch.Tensor:
+        kv_heads = cache.layout.num_kv_heads
+        turned = apply_rope(qkv[:, :-kv_heads], step.cos, step.sin)
+        q, k, v = turned[:, :-kv_heads], turned[:, -kv_heads:], qkv[:, -kv_heads:]
         kv = torch.stack((k, v), 1)
         payload = cache.payload[layer].permute(0, 3, 1, 2, 4)
         if cache.scales is None:
             payload[step.block, step.offset] = kv.to(payload.dtype)
-            return
+            return q
         values, scale = quantize_fp8(kv)
         payload[step.block, step.offset] = values
         cache.scales[layer].permute(0, 3, 1, 2)[step.block, step.offset] = scale
+        return q
 
     def attention(self, q: torch.Tensor, cache: KVCache, layer: int, step: Step) -> torch.Tensor:
         spans = step.spans[step.windows[layer]]
@@ -98,6 +121,13 @@ class ReferenceOps:
         for span in spans:
             out[span.rows] = attend(q[span.rows], cache, layer, span)
         return out
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [n, heads, d]; cos and sin [n, 1, d] float32, sin's first half negated -> like x."""
+    wide = x.float()
+    turned = torch.roll(wide, x.shape[-1] // 2, -1)
+    return torch.addcmul(wide * cos, turned, sin).to(x.dtype)
 
 
 def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

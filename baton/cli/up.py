@@ -9,6 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import httpx
+
 from baton.cli.locate import model_folder
 from baton.cli.mesh import HOST, MeshPlan, ServiceSpec, specs
 from baton.cli.ports import any_free, internal_ports, is_free
@@ -185,8 +187,7 @@ class _Up:
         last_said = began
         while waiting:
             for name, spec in list(waiting.items()):
-                # The probe blocks for at most PROBE_S, so it has a thread.
-                if await asyncio.to_thread(probe, spec.ready_target, PROBE_S) is None:
+                if await asyncio.to_thread(self._is_ready, spec):
                     del waiting[name]
                     last_said = time.monotonic()
                     say(f"baton: {name} ready after {last_said - began:.1f} s")
@@ -204,6 +205,15 @@ class _Up:
         )
         # The one line on stdout, for scripts.
         print(f"{url}/v1", flush=True)
+
+    def _is_ready(self, spec: ServiceSpec) -> bool:
+        """Blocks for PROBE_S or so, hence the thread."""
+        if probe(spec.ready_target, PROBE_S) is not None:
+            return False
+        if spec.role != "gateway":
+            return True
+        # Ready is what a first request finds: the gateway itself must have seen all the others.
+        return _workers_seen(self._plan.http_port) == len(self._specs) - 1
 
     async def _serve(self, ended: set[asyncio.Task[int]]) -> str | None:
         """Wait for the stop or a death. Returns what died, or None after a stop."""
@@ -224,3 +234,13 @@ class _Up:
                 how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
                 return f"{child.name} ended ({how}); stopped the rest"
         return None
+
+
+def _workers_seen(http_port: int) -> int:
+    """How many workers and stores the gateway calls ready."""
+    try:
+        with httpx.Client(trust_env=False, timeout=PROBE_S) as client:
+            state = client.get(f"http://{HOST}:{http_port}/debug/state").raise_for_status().json()
+    except httpx.HTTPError:
+        return 0
+    return sum(worker["status"] == "ready" for worker in state["workers"])

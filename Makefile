@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 # What comes after the command: make up ARGS="--decode 2"
 ARGS ?=
 
-.PHONY: help install up test lint format protos bench clean
+.PHONY: help install up test lint format protos bench chaos clean
 
 help:
 	@echo "make up      install, start the mesh on 127.0.0.1:8000 and :9000, Ctrl-C stops it"
@@ -17,6 +17,7 @@ help:
 	@echo "make format  let ruff rewrite what lint would refuse"
 	@echo "make protos  regenerate baton/v1 from protos/baton/v1"
 	@echo "make bench   benchmark the endpoint that runs (make up)"
+	@echo "make chaos   disturb a mesh under load (ARGS=\"--faults 500\"), needs root"
 	@echo "make clean   remove $(VENV) and caches"
 	@echo "Variables: ARGS=\"--decode 2\", PYTHON=python3.12, VENV=.venv"
 
@@ -52,6 +53,9 @@ format: $(STAMP)
 
 protos: $(STAMP)
 	$(BIN)/python tools/protos.py
+
+chaos: $(STAMP)
+	$(BIN)/python -m tests.chaos.run $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/serving.py $(ARGS)

@@ -1,0 +1,1 @@
+"""Real processes under mixed load while they are killed, paused, restarted and cut off."""

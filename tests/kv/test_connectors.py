@@ -14,7 +14,7 @@ from common.kv.connectors.chain import ChainConnector
 from common.kv.connectors.handoff import HandoffReceiver, HandoffSender
 from common.kv.connectors.store import StoreConnector
 from common.kv.handoff import HandoffTarget
-from common.kv.transports import TRANSPORTS, TcpTransport
+from common.kv.transports import TcpTransport
 from common.rpc.loop import LoopThread
 from tests.kv.store_process import ROOT
 from tests.kv.support import CARD, FINGERPRINT, LAYOUT, Worker, until
@@ -72,10 +72,6 @@ def test_the_kvstores_side_of_the_wire_imports_no_torch():
     code = "import common.kv.wire, common.kv.handoff, common.kv.transports, common.kv.keys, sys"
     code += "; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=30).returncode == 0
-
-
-def test_a_transport_is_chosen_by_name():
-    assert isinstance(TRANSPORTS["tcp"](), TcpTransport)
 
 
 def test_a_receiver_without_a_port_never_asks_for_prefill():

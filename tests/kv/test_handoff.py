@@ -11,6 +11,7 @@ from baton.v1 import worker_pb2
 from common.errors import Overloaded
 from common.kv.connectors.handoff import HandoffReceiver
 from common.kv.handoff import HandoffPolicy, PrefillCandidates
+from common.kv.wire import FRAME_OVERHEAD_BYTES
 from common.telemetry.tracing import Tracing, context_of, inject
 from tests.kv.support import BLOCK_SIZE, CARD, LAYOUT, PrefillWorker, Worker, until
 
@@ -69,6 +70,8 @@ def test_the_decode_worker_computes_only_the_last_token(prefill, decode, length)
         "handoff_blocks_received": blocks,
         "handoff_bytes_received": blocks * LAYOUT.block_bytes,
         "handoffs_completed": 1,
+        "transport_frames_received_shm": blocks,
+        "transport_bytes_received_shm": blocks * (LAYOUT.block_bytes + FRAME_OVERHEAD_BYTES),
     }
 
 

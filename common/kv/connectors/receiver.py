@@ -33,7 +33,7 @@ from common.kv.handoff import (
     WantedBlock,
 )
 from common.kv.keys import chain_keys
-from common.kv.transports import TcpTransport, Transport
+from common.kv.transports import DataPlane, Transport
 from common.kv.wire import BlockRange, decode_handoff_frame, partial_block_key
 from common.rpc.discovery import join_address
 from common.rpc.loop import LoopThread
@@ -59,6 +59,7 @@ class HandoffReceiver(KVConnector):
     policy          when to ask and for how long
     prefill         the call to a prefill worker; gRPC when None
     loop            shared with other connectors; one of its own when None
+    transport       how frames travel; every transport there is when None
     tracing         where `decode.handoff` spans go; none are made when None
 
     `listen` must be called before a sequence asks. When every candidate fails, the blocks that did
@@ -89,7 +90,7 @@ class HandoffReceiver(KVConnector):
         self._loop = loop or LoopThread("baton-handoff")
         self._grpc_prefill = GrpcPrefill() if prefill is None else None
         self._prefill: PrefillCall = prefill or self._grpc_prefill
-        self._transport: Transport = transport or TcpTransport()
+        self._transport: Transport = transport or DataPlane()
         self._tracing = tracing
         self._caches: KVCaches | None = None
         self._table: HandoffTable | None = None
@@ -240,6 +241,7 @@ class HandoffReceiver(KVConnector):
             for verdict, count in table.dropped.items():
                 self._events[f"frames_dropped_{verdict.name.lower()}"] += count
             table.dropped.clear()
+        self._events.update(self._transport.take_events())
         events, self._events = dict(self._events), collections.Counter()
         return events
 

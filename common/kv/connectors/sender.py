@@ -23,7 +23,7 @@ from common.kv.connector import KVCaches, KVConnector
 from common.kv.connectors.pages import copy_pages
 from common.kv.handoff import HandoffTarget, Verdict
 from common.kv.keys import chain_keys
-from common.kv.transports import Link, TcpTransport, Transport
+from common.kv.transports import DataPlane, Link, Transport
 from common.kv.wire import (
     BlockRange,
     Envelope,
@@ -117,6 +117,7 @@ class HandoffSender(KVConnector):
     max_staged_bytes  copies that may wait to be sent; what exceeds it stays in its pages until
                       there is room
     on_failure        called on the loop with (request id, error) when a transfer breaks
+    transport         how frames travel; every transport there is when None
     tracing           where `prefill.transfer` spans go; none are made when None
     """
 
@@ -133,7 +134,7 @@ class HandoffSender(KVConnector):
         self._loop = loop or LoopThread("baton-handoff")
         self._max_staged_bytes = max_staged_bytes
         self._on_failure = on_failure
-        self._transport: Transport = transport or TcpTransport()
+        self._transport: Transport = transport or DataPlane()
         self._tracing = tracing
         self._caches: KVCaches | None = None
         self._jobs: dict[str, _Job] = {}
@@ -211,6 +212,7 @@ class HandoffSender(KVConnector):
         return job.held is not None
 
     def take_events(self) -> dict[str, int]:
+        self._events.update(self._transport.take_events())
         events, self._events = dict(self._events), collections.Counter()
         return events
 
@@ -251,6 +253,10 @@ class HandoffSender(KVConnector):
             self._loop.run(self._transport.close()).result(timeout=10.0)
         if self._owns_loop:
             self._loop.close()
+
+    def links(self) -> dict[str, str]:
+        """The transport in use to each data address. From any thread."""
+        return self._transport.links()
 
     async def probe(self, address: str) -> float:
         """A real test transfer to a decode worker's data plane; seconds. Runs on the loop."""

@@ -1,10 +1,17 @@
-"""Transports of the data plane by name. A new one is one file and one line here."""
+"""Transports of the data plane. docs/transports.md says how each works and how to add one."""
 
-from collections.abc import Callable
-
-from common.kv.transports.base import FrameHandler, Link, Transport
+from common.kv.transports.base import FrameHandler, Link, SideTransport, Transport
+from common.kv.transports.plane import NAMES, SIDE_TRANSPORTS, DataPlane, parse_names
 from common.kv.transports.tcp import TcpTransport
 
-TRANSPORTS: dict[str, Callable[[], Transport]] = {"tcp": TcpTransport}
-
-__all__ = ["TRANSPORTS", "FrameHandler", "Link", "TcpTransport", "Transport"]
+__all__ = [
+    "NAMES",
+    "SIDE_TRANSPORTS",
+    "DataPlane",
+    "FrameHandler",
+    "Link",
+    "SideTransport",
+    "TcpTransport",
+    "Transport",
+    "parse_names",
+]

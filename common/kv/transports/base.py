@@ -4,19 +4,30 @@ A sender connects to an address and sends frames; the receiver's handler sees ea
 answers with a status, which travels back to the sender. Everything runs on the loop of one
 LoopThread, which is never the loop of a service's gRPC server. The transport promises that a frame
 arrives whole or not at all; who may send it and whether its bytes are right is checked above.
+
+Two kinds stand behind it. `tcp` reaches any peer by host and port. A SideTransport is faster where
+it works, and is opened with what the peer offers over tcp. common.kv.transports.plane chooses.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
-# Called on the transport's loop with a frame's bytes (owned by the callee); its result, 0 to 65535,
-# is the status that the sender gets.
+# Called on the transport's loop with a frame's bytes, which stay as they are until the result is
+# there and may be another frame's afterwards. The result, 0 to 65535, is the sender's status.
 FrameHandler = Callable[[memoryview], Awaitable[int]]
+
+# What a peer needs to open a side transport's link: names and short texts, sent as JSON.
+Offer = Mapping[str, str]
 
 
 class Link(Protocol):
     """A connection to one receiver."""
+
+    @property
+    def transport(self) -> str:
+        """The transport's name."""
+        ...
 
     @property
     def closed(self) -> bool:
@@ -34,11 +45,18 @@ class Link(Protocol):
         """
         ...
 
+    async def probe(self) -> float:
+        """Send random bytes, have their checksum come back; the seconds it took.
+
+        Raises HandoffError when the link breaks or the checksum is another one.
+        """
+        ...
+
     async def close(self) -> None: ...
 
 
 class Transport(Protocol):
-    """One way to move frames; see common.kv.transports.TRANSPORTS."""
+    """What connectors use: the data plane, or tcp alone."""
 
     async def listen(self, host: str, port: int, on_frame: FrameHandler) -> int:
         """Accept links; returns the port that was bound (any free one where `port` is 0)."""
@@ -52,9 +70,35 @@ class Transport(Protocol):
         ...
 
     async def probe(self, address: str, timeout_s: float = 5.0) -> float:
-        """A real test transfer there and back; returns the seconds it took.
+        """A real test transfer to `address`; returns the seconds it took.
 
-        Raises HandoffError when the bytes do not come back.
+        Raises HandoffError when nobody answers in time or bytes come in changed.
+        """
+        ...
+
+    def take_events(self) -> dict[str, int]:
+        """Counters since the last call, by name. From any thread."""
+        ...
+
+    def links(self) -> dict[str, str]:
+        """Which transport is in use to which address. From any thread."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class SideTransport(Protocol):
+    """A way to a peer that tcp reaches too; see common.kv.transports.SIDE_TRANSPORTS."""
+
+    async def offer(self, host: str, on_frame: FrameHandler) -> Offer:
+        """Accept links (on `host`, where that means something); returns what peers need to open
+        one. Raises HandoffError when this process cannot accept any."""
+        ...
+
+    async def open(self, host: str, offer: Offer) -> Link:
+        """A new link to the peer that made `offer` and that tcp reaches at `host`.
+
+        Raises HandoffError when there is no way, such as between two machines for shared memory.
         """
         ...
 

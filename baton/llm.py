@@ -65,6 +65,7 @@ class LLM:
 
     model             folder of a Hugging Face checkpoint; without a tokenizer it serves token ids
     dtype             auto | float32 | bfloat16
+    quantization      None, or fp8 | fp8-block: quantize an unquantized checkpoint on load
     kv_cache_dtype    auto | float32 | bf16 | fp8_e4m3
     max_model_len     most tokens of a sequence; None: the model's limit, or what the cache holds
     num_blocks        KV blocks (num_gpu_blocks_override is vLLM's name for it); None: from
@@ -81,6 +82,7 @@ class LLM:
         model: str | Path,
         *,
         dtype: str = "auto",
+        quantization: str | None = None,
         kv_cache_dtype: str = "auto",
         max_model_len: int | None = None,
         block_size: int = 16,
@@ -98,6 +100,7 @@ class LLM:
         self.config = EngineConfig(
             model=Path(model),
             dtype=dtype,
+            quantization=quantization,
             kv_dtype=kv_cache_dtype,
             block_size=block_size,
             max_model_len=max_model_len,

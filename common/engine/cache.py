@@ -25,10 +25,22 @@ class KVCache:
     scales[l]   [num_blocks, 2, kv_heads, block_size] of layer l, float32; None where the dtype
                 has none
     All are views of `data`: bytes that land there are what attention reads.
+
+    static_scales  None, or the checkpoint's own scales [layers, 2, kv_heads] float32: new K and V
+                   are quantized by them (over 448 of them they saturate), not by their largest
+                   value. They are written beside the values like the others, so that the block's
+                   format and those who read it know of no difference.
     """
 
-    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_blocks: int,
+        device: torch.device,
+        static_scales: torch.Tensor | None = None,
+    ) -> None:
         self.layout = layout
+        self.static_scales = static_scales
         self.num_blocks = num_blocks
         self.data = _zeros(num_blocks * layout.block_bytes, device).view(num_blocks, -1)
         shape = (num_blocks, layout.num_layers, 2, layout.num_kv_heads, layout.block_size)
@@ -38,6 +50,10 @@ class KVCache:
         if layout.scale_elements:
             scales = self.data[:, layout.payload_bytes :].view(torch.float32)
             self.scales = scales.view(shape).unbind(1)
+
+    def static(self, layer: int) -> torch.Tensor | None:
+        """The layer's static scales [2, kv_heads]; None where the largest value gives them."""
+        return None if self.static_scales is None else self.static_scales[layer]
 
 
 def _zeros(size: int, device: torch.device) -> torch.Tensor:

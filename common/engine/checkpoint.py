@@ -16,13 +16,13 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from common.engine.config import read_json
+from common.engine.json_file import read_json
 from common.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1}
 # The format's own limit on a header.
 MAX_HEADER_BYTES = 100_000_000
 CHUNK_BYTES = 8 * 2**20
@@ -202,8 +202,8 @@ def _entry(file: Path, name: str, field: Any) -> tuple[TensorEntry, int]:
         ) from error
     if dtype not in DTYPE_BYTES:
         raise CheckpointError(
-            f"{file}: tensor {name!r} is {dtype}; this version serves float32, bfloat16 and "
-            "float16 checkpoints, use the unquantized checkpoint of the model"
+            f"{file}: tensor {name!r} is {dtype}; this version serves float32, bfloat16, float16 "
+            "and FP8 e4m3 checkpoints, use the unquantized checkpoint of the model"
         )
     if min(shape, default=0) < 0 or end - start != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise CheckpointError(

@@ -3,19 +3,17 @@
 Every refusal names the file or the setting, the value found, and what to do about it.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from common.engine.json_file import JsonReader
+from common.engine.quantization.scheme import SCHEMES, Quantization, parse_quantization
 from common.errors import CheckpointError, ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16")
 KV_DTYPES = ("auto", "float32", "bf16", "fp8_e4m3")
 KERNELS = ("auto", "reference")
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
-# Real configurations are a few KiB; a bigger file is not one.
-MAX_JSON_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +48,7 @@ class ModelConfig:
                    included), None for all
     eos_token_ids  tokens that end a sequence, of both files
     torch_dtype    dtype the checkpoint names: float32, bfloat16 or float16
+    quantization   which matrices are FP8, and how; None: none
     """
 
     architecture: str
@@ -71,6 +70,7 @@ class ModelConfig:
     qk_norm: bool
     torch_dtype: str
     eos_token_ids: tuple[int, ...]
+    quantization: Quantization | None = None
 
     @classmethod
     def from_folder(cls, path: Path | str) -> "ModelConfig":
@@ -84,7 +84,7 @@ class ModelConfig:
                 f"{folder}: no such folder; give the path of a local Hugging Face model folder "
                 "(with config.json and *.safetensors)"
             )
-        return _parse(_Reader(folder / "config.json"), _generation_eos(folder))
+        return _parse(JsonReader(folder / "config.json"), _generation_eos(folder))
 
     @property
     def num_parameters(self) -> int:
@@ -111,80 +111,9 @@ FAMILIES = {
 }
 
 
-class _Reader:
-    """One JSON object of a file, read field by field with checks that name file and field."""
-
-    def __init__(self, path: Path, raw: dict[str, Any] | None = None, prefix: str = "") -> None:
-        self.path = path
-        self.prefix = prefix
-        self.raw = read_json(path) if raw is None else raw
-
-    def fail(self, name: str, want: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path}: {self.prefix}{name} is {self.raw.get(name)!r}, must be {want}"
-        )
-
-    def integer(self, name: str, default: int | None = None, *, low: int = 1) -> int:
-        value = self.raw.get(name)
-        if value is None and default is not None:
-            return default
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**31:
-            raise self.fail(name, f"an integer of at least {low}")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self.raw.get(name)
-        if value is None and default is not None:
-            return default
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e12:
-            raise self.fail(name, "a positive number")
-        return float(value)
-
-    def flag(self, name: str, default: bool = False) -> bool:
-        value = self.raw.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.fail(name, "true or false")
-        return value
-
-    def section(self, name: str) -> "_Reader | None":
-        value = self.raw.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise self.fail(name, "an object")
-        return _Reader(self.path, value, f"{self.prefix}{name}.")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises CheckpointError naming it."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES and not path.name.endswith(".index.json"):
-            raise CheckpointError(f"{path}: {size} bytes; a configuration is a few KiB")
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); is the download of this folder complete?"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: not valid JSON ({error}); download the file again"
-        ) from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, holds a {type(raw).__name__}")
-    return raw
-
-
-def _parse(reader: _Reader, generation_eos: tuple[int, ...]) -> ModelConfig:
+def _parse(reader: JsonReader, generation_eos: tuple[int, ...]) -> ModelConfig:
     architecture = _architecture(reader)
     family = FAMILIES[architecture]
-    if reader.raw.get("quantization_config") is not None:
-        raise CheckpointError(
-            f"{reader.path}: quantization_config is set; quantized checkpoints are not served by "
-            "this version, use the unquantized (bfloat16) checkpoint of the model"
-        )
     if reader.raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise reader.fail("hidden_act", "silu, the one activation these models are served with")
     heads = reader.integer("num_attention_heads")
@@ -221,17 +150,18 @@ def _parse(reader: _Reader, generation_eos: tuple[int, ...]) -> ModelConfig:
         qk_norm=family.qk_norm,
         torch_dtype=_dtype(reader),
         eos_token_ids=tuple(dict.fromkeys(own_eos + generation_eos)),
+        quantization=parse_quantization(reader),
     )
 
 
-def _architecture(reader: _Reader) -> str:
+def _architecture(reader: JsonReader) -> str:
     names = reader.raw.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or names[0] not in list(FAMILIES):
         raise reader.fail("architectures", f"one of {', '.join(sorted(FAMILIES))}")
     return names[0]
 
 
-def _dtype(reader: _Reader) -> str:
+def _dtype(reader: JsonReader) -> str:
     # transformers 5 writes `dtype`, earlier versions `torch_dtype`.
     name = "dtype" if reader.raw.get("dtype") is not None else "torch_dtype"
     value = reader.raw.get(name)
@@ -242,7 +172,7 @@ def _dtype(reader: _Reader) -> str:
     return value
 
 
-def _rope(reader: _Reader, max_positions: int) -> RopeConfig:
+def _rope(reader: JsonReader, max_positions: int) -> RopeConfig:
     # transformers 5 has one section with rope_theta in it, earlier versions two fields.
     section = reader.section("rope_parameters") or reader.section("rope_scaling")
     theta = reader.number("rope_theta", 10000.0)
@@ -273,7 +203,7 @@ def _rope(reader: _Reader, max_positions: int) -> RopeConfig:
     return _yarn(section, theta, factor, original)
 
 
-def _yarn(section: _Reader, theta: float, factor: float, original: int) -> RopeConfig:
+def _yarn(section: JsonReader, theta: float, factor: float, original: int) -> RopeConfig:
     attention_factor = section.raw.get("attention_factor")
     return RopeConfig(
         theta=theta,
@@ -289,7 +219,7 @@ def _yarn(section: _Reader, theta: float, factor: float, original: int) -> RopeC
     )
 
 
-def _windows(reader: _Reader, architecture: str, layers: int) -> tuple[int | None, ...]:
+def _windows(reader: JsonReader, architecture: str, layers: int) -> tuple[int | None, ...]:
     none: tuple[int | None, ...] = (None,) * layers
     if reader.raw.get("sliding_window") is None or architecture == "LlamaForCausalLM":
         return none
@@ -309,7 +239,7 @@ def _windows(reader: _Reader, architecture: str, layers: int) -> tuple[int | Non
     return (window,) * layers
 
 
-def _token_ids(reader: _Reader, name: str) -> tuple[int, ...]:
+def _token_ids(reader: JsonReader, name: str) -> tuple[int, ...]:
     value = reader.raw.get(name)
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for token in ids:
@@ -320,7 +250,7 @@ def _token_ids(reader: _Reader, name: str) -> tuple[int, ...]:
 
 def _generation_eos(folder: Path) -> tuple[int, ...]:
     path = folder / "generation_config.json"
-    return _token_ids(_Reader(path), "eos_token_id") if path.exists() else ()
+    return _token_ids(JsonReader(path), "eos_token_id") if path.exists() else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +260,12 @@ class EngineConfig:
     model                   folder of the checkpoint
     dtype                   auto | float32 | bfloat16: what the model computes in. auto on a CPU is
                             float32 when the weights fit in 1 GiB so, else bfloat16
-    kv_dtype                auto | float32 | bf16 | fp8_e4m3: what the KV cache holds; auto: dtype
+    quantization            None, or fp8 | fp8-block: quantizes the matrices of an unquantized
+                            checkpoint while it is loaded. fp8: a scale for each row and each token;
+                            fp8-block: for 128 x 128 weights and 128 columns of a token. The head
+                            and the embeddings stay as they are
+    kv_dtype                auto | float32 | bf16 | fp8_e4m3: what the KV cache holds; auto: what a
+                            quantized checkpoint asks for, else dtype
     block_size              tokens in a KV block
     max_model_len           most tokens of one sequence; None: the model's own limit, or what the
                             KV cache holds where that is less
@@ -351,6 +286,7 @@ class EngineConfig:
 
     model: Path
     dtype: str = "auto"
+    quantization: str | None = None
     kv_dtype: str = "auto"
     block_size: int = 16
     max_model_len: int | None = None
@@ -368,6 +304,8 @@ class EngineConfig:
         object.__setattr__(self, "model", Path(self.model))
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
+        if self.quantization is not None:
+            _check_choice("quantization", self.quantization, tuple(SCHEMES))
         _check_choice("kernels", self.kernels, KERNELS)
         _check_int("block_size", self.block_size, 1, 1024)
         _check_int("kv_cache_bytes", self.kv_cache_bytes, 1, 2**50)

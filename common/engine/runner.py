@@ -1,7 +1,7 @@
 """The model and its KV cache on one device: loads a checkpoint, runs one step at a time."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import blake2b
 
 import torch
@@ -12,6 +12,8 @@ from common.engine.checkpoint import Checkpoint
 from common.engine.config import EngineConfig, ModelConfig
 from common.engine.kernels import select_ops
 from common.engine.models import load_model
+from common.engine.quantization.read import read_kv_scales
+from common.engine.quantization.scheme import on_load
 from common.engine.sequence import StepPlan
 from common.errors import ConfigError
 from common.kv.connector import KVConnector
@@ -28,7 +30,7 @@ class ModelRunner:
 
     model_config   the checkpoint's ModelConfig
     layout         KVLayout of the cache's blocks
-    fingerprint    16 bytes: whose KV this is (weights, KV dtype, layout version, rope settings)
+    fingerprint    16 bytes: whose KV this is (weights and quantization, KV dtype, layout, rope)
     num_blocks     blocks in the cache; block 0 is the null block, never allocated
     cache          uint8 [num_blocks, block_bytes]
     max_model_len  most tokens of one sequence
@@ -40,14 +42,14 @@ class ModelRunner:
         self.device = _device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self.model_config = model = ModelConfig.from_folder(config.model)
+        self.model_config = model = model_config(config)
         dtype = compute_dtype(config, model)
         self.layout = KVLayout(
             num_layers=model.num_layers,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
             block_size=config.block_size,
-            kv_dtype=KV_DTYPE_OF[dtype] if config.kv_dtype == "auto" else config.kv_dtype,
+            kv_dtype=kv_dtype(config, model, dtype),
         )
         self.num_blocks, self.max_model_len = plan_cache(config, model, self.layout)
         with Checkpoint(config.model) as checkpoint:
@@ -59,8 +61,9 @@ class ModelRunner:
                 dtype=TORCH_DTYPES[dtype],
                 device=self.device,
             )
+            static_scales = read_kv_scales(checkpoint, model)
             self.fingerprint = fingerprint(checkpoint.digest(), model, self.layout)
-        self._cache = KVCache(self.layout, self.num_blocks, self.device)
+        self._cache = KVCache(self.layout, self.num_blocks, self.device, static_scales)
         self.cache = self._cache.data
 
     @torch.inference_mode()
@@ -106,6 +109,29 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
         block_table=torch.tensor(padded, dtype=torch.int32, device=device),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
     )
+
+
+def model_config(config: EngineConfig) -> ModelConfig:
+    """The checkpoint's, quantized on load where that is asked for. Raises CheckpointError, and
+    ConfigError for a checkpoint that is quantized already."""
+    model = ModelConfig.from_folder(config.model)
+    if config.quantization is None:
+        return model
+    if model.quantization is not None:
+        raise ConfigError(
+            f"quantization is {config.quantization!r}, but the checkpoint ({config.model}) is "
+            "quantized already; leave the setting out to serve it as it is"
+        )
+    return replace(model, quantization=on_load(config.quantization))
+
+
+def kv_dtype(config: EngineConfig, model: ModelConfig, dtype: str) -> str:
+    """What the KV cache holds, as configured or as `auto` decides for a compute dtype."""
+    if config.kv_dtype != "auto":
+        return config.kv_dtype
+    if model.quantization is not None and model.quantization.fp8_kv:
+        return "fp8_e4m3"
+    return KV_DTYPE_OF[dtype]
 
 
 def compute_dtype(config: EngineConfig, model: ModelConfig) -> str:
@@ -158,6 +184,7 @@ def fingerprint(weights: bytes, model: ModelConfig, layout: KVLayout) -> bytes:
         "rope": asdict(model.rope),
         "windows": model.layer_windows,
         "eps": model.rms_norm_eps,
+        "quantization": None if model.quantization is None else asdict(model.quantization),
     }
     encoded = json.dumps(settings, sort_keys=True).encode()
     return blake2b(weights + encoded, digest_size=16).digest()

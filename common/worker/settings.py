@@ -24,6 +24,9 @@ class WorkerSettings(ServiceSettings):
     )
     kvstore: str = Field("", description="KV stores, host:port[,host:port]; empty: none")
     dtype: str = Field("auto", description="auto, float32 or bfloat16: what is computed in")
+    quantization: str | None = Field(
+        None, description="fp8 or fp8-block: quantize the matrices of an unquantized checkpoint"
+    )
     kv_dtype: str = Field("auto", description="auto, float32, bf16 or fp8_e4m3: the KV cache's")
     block_size: int = Field(16, description="tokens in a KV block")
     max_model_len: int | None = Field(
@@ -63,6 +66,7 @@ class WorkerSettings(ServiceSettings):
         return EngineConfig(
             model=self.model,
             dtype=self.dtype,
+            quantization=self.quantization,
             kv_dtype=self.kv_dtype,
             block_size=self.block_size,
             max_model_len=self.max_model_len,

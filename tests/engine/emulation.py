@@ -44,18 +44,32 @@ def round_bf16(x: np.ndarray) -> np.ndarray:
 def round_fp8(x: np.ndarray) -> np.ndarray:
     """Quantized to e4m3 with the scale amax / 448 of each vector (last axis), and back."""
     scale = np.abs(x).max(-1, keepdims=True) / E4M3_MAX
-    y = x / np.where(scale == 0, 1, scale)
+    return nearest_e4m3(x / np.where(scale == 0, 1, scale)) * scale
+
+
+def nearest_e4m3(y: np.ndarray) -> np.ndarray:
+    """The nearest e4m3 values, ties to the even mantissa, saturating; float64."""
     # Between 2**e and 2**(e+1) e4m3 values are 2**(e-3) apart, under 2**-6 they are 2**-9 apart.
     _, exponent = np.frexp(y)
     step = np.ldexp(1.0, np.maximum(exponent - 1, -6) - 3)
-    return np.clip(np.rint(y / step) * step, -E4M3_MAX, E4M3_MAX) * scale
+    return np.clip(np.rint(y / step) * step, -E4M3_MAX, E4M3_MAX)
 
 
 def llama_logits(
-    path: Path, config: dict, tokens: list[int], keep: Callable[[np.ndarray], np.ndarray]
+    path: Path,
+    config: dict,
+    tokens: list[int],
+    keep: Callable[[np.ndarray], np.ndarray],
+    multiply: Callable[[str, np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Logits [tokens, vocab] float64; K (turned) and V go through `keep` before attention."""
+    """Logits [tokens, vocab] float64; K (turned) and V go through `keep` before attention, and the
+    layers' matrices are applied by `multiply(module, x)` where it is given."""
     weights = {k: v.astype(np.float64) for k, v in load_file(path / "model.safetensors").items()}
+    if multiply is None:
+
+        def multiply(module: str, x: np.ndarray) -> np.ndarray:
+            return x @ weights[f"{module}.weight"].T
+
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     dim, count = config["head_dim"], len(tokens)
     angle = np.outer(
@@ -72,12 +86,9 @@ def llama_logits(
 
     x = weights["model.embed_tokens.weight"][tokens]
     for i in range(config["num_hidden_layers"]):
-        w = {k: weights[k] for k in weights if k.startswith(f"model.layers.{i}.")}
         name = f"model.layers.{i}."
         y = norm(x, f"{name}input_layernorm.weight")
-        q, k, v = (
-            (y @ w[f"{name}self_attn.{p}_proj.weight"].T).reshape(count, -1, dim) for p in "qkv"
-        )
+        q, k, v = (multiply(f"{name}self_attn.{p}_proj", y).reshape(count, -1, dim) for p in "qkv")
         q, k, v = turn(q), keep(turn(k)), keep(v)
         out = np.zeros((count, heads, dim))
         for h in range(heads):
@@ -86,8 +97,8 @@ def llama_logits(
             score[np.triu_indices(count, 1)] = -np.inf
             weight = np.exp(score - score.max(-1, keepdims=True))
             out[:, h] = weight / weight.sum(-1, keepdims=True) @ v[:, g]
-        x = x + out.reshape(count, -1) @ w[f"{name}self_attn.o_proj.weight"].T
+        x = x + multiply(f"{name}self_attn.o_proj", out.reshape(count, -1))
         y = norm(x, f"{name}post_attention_layernorm.weight")
-        gate, up = y @ w[f"{name}mlp.gate_proj.weight"].T, y @ w[f"{name}mlp.up_proj.weight"].T
-        x = x + gate / (1 + np.exp(-gate)) * up @ w[f"{name}mlp.down_proj.weight"].T
+        gate, up = multiply(f"{name}mlp.gate_proj", y), multiply(f"{name}mlp.up_proj", y)
+        x = x + multiply(f"{name}mlp.down_proj", gate / (1 + np.exp(-gate)) * up)
     return norm(x, "model.norm.weight") @ weights["lm_head.weight"].T

@@ -121,7 +121,7 @@ def test_sliding_windows_are_honoured_only_where_the_config_turns_them_on(tmp_pa
         ("rope_scaling", {"rope_type": "linear"}),
         ("rope_scaling", {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 4.0}),
         ("partial_rotary_factor", 0.5),
-        ("quantization_config", {"quant_method": "fp8"}),
+        ("quantization_config", {"quant_method": "gptq"}),
     ],
 )
 def test_a_config_that_cannot_be_served_is_refused_by_file_and_field(tmp_path, field, value):

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from common.engine.batch import Batch
 from common.engine.cache import NULL_BLOCK, KVCache
 from common.engine.kernels import Linear
+from common.engine.kernels.reference_linear import BlockLinear, ScaledLinear
+from common.engine.quantization.fp8 import FP8, FP8_MAX, decode_256th, finite, has_nan, quotient
+from common.engine.quantization.scheme import Activation
 from common.engine.weight import Weight
-from common.errors import ConfigError
 
-FP8_MAX = 448.0  # the largest finite e4m3 value
 # Decoding sequences in one group: contexts up to this many tokens, then up to twice that, ...
 SMALLEST_GROUP_TOKENS = 64
 # Elements of K and V gathered at once: bounds the memory of a step (float32: 64 MiB).
@@ -60,8 +61,10 @@ class ReferenceOps:
     """See `Ops`."""
 
     def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
+        if weight.activation is Activation.GROUP:
+            return BlockLinear(weight, bias)
         if weight.activation is not None:
-            raise ConfigError("quantized weights are not served by these kernels yet")
+            return ScaledLinear(weight, bias)
         return partial(F.linear, weight=weight.values, bias=bias)
 
     def prepare(
@@ -108,7 +111,7 @@ class ReferenceOps:
         if cache.scales is None:
             payload[step.block, step.offset] = kv.to(payload.dtype)
             return q
-        values, scale = quantize_fp8(kv)
+        values, scale = quantize_fp8(kv, cache.static(layer))
         payload[step.block, step.offset] = values
         cache.scales[layer].permute(0, 3, 1, 2)[step.block, step.offset] = scale
         return q
@@ -130,34 +133,28 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return torch.addcmul(wide * cos, turned, sin).to(x.dtype)
 
 
-def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_fp8(
+    x: torch.Tensor, scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """x [..., d] -> e4m3 values [..., d] and float32 scales [...], x being about values * scale.
 
-    The scale is amax / 448, so that the largest value is e4m3's largest; infinities saturate, a
-    zero vector has scale 0. NaN stays NaN: the sampler must see it.
+    scale  float32 [...] or what broadcasts to it: static scales, over which values saturate. None:
+           amax / 448, so that the largest value is e4m3's largest; a zero vector has scale 0
+
+    Infinities saturate. NaN stays NaN: the sampler must see it.
     """
-    limit = torch.finfo(torch.float32).max
-    wide = x.float().clamp(-limit, limit)
-    scale = wide.abs().amax(-1) / FP8_MAX
-    divisor = torch.where(scale == 0, 1.0, scale).unsqueeze(-1)
-    # The clamp is for quotients that round to over 448: torch's cast makes those NaN.
-    values = (wide / divisor).clamp_(-FP8_MAX, FP8_MAX)
-    return values.to(torch.float8_e4m3fn), scale
+    wide = finite(x)
+    scale = wide.abs().amax(-1) / FP8_MAX if scale is None else scale.expand(x.shape[:-1])
+    return quotient(wide, scale.unsqueeze(-1)).to(FP8), scale
 
 
 def dequantize_fp8(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """values e4m3 [..., d], scale float32 [...] -> [..., d]."""
     scale = scale.unsqueeze(-1)
-    if values.device.type != "cpu" or _has_nan(values):
+    # torch's own cast is for what decoding by hand is not: NaN, and devices where it is as fast.
+    if values.device.type != "cpu" or has_nan(values):
         return values.to(torch.float32).mul_(scale).to(dtype)
-    # torch's own cast takes ten times as long on a CPU. Shifted by 7 and with the copied sign bit
-    # cleared, e4m3 is a float16 of 2**-8 the value: the biases are 7 and 15. Both are exact.
-    half = values.view(torch.int8).to(torch.int16).mul_(128).bitwise_and_(-0x4001)
-    return half.view(torch.float16).float().mul_(scale * 256).to(dtype)
-
-
-def _has_nan(values: torch.Tensor) -> bool:
-    return values.numel() > 0 and (values.view(torch.uint8) & 0x7F).amax().item() == 0x7F
+    return decode_256th(values).mul_(scale * 256).to(dtype)
 
 
 def read_kv(

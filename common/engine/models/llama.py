@@ -15,6 +15,7 @@ from common.engine.checkpoint import Checkpoint
 from common.engine.config import ModelConfig
 from common.engine.kernels import Linear, Ops
 from common.engine.layers import rope_table
+from common.engine.quantization.read import SCALE_NAMES
 from common.engine.weight import Weight
 from common.engine.weights import WeightReader
 from common.kv.connector import KVConnector
@@ -52,8 +53,9 @@ class DenseDecoder:
         self.config = config
         self.ops = ops
         ignored = (*IGNORED, "lm_head.weight") if config.tie_word_embeddings else IGNORED
+        ignored = ignored if config.quantization is None else (*ignored, *SCALE_NAMES)
         checkpoint.check(tensor_shapes(config), ignored)
-        weights = WeightReader(checkpoint, ops, dtype, device)
+        weights = WeightReader(checkpoint, ops, dtype, device, config.quantization)
         self.embedding = weights.tensor("model.embed_tokens.weight")  # [vocab, e]
         self.layers = [_layer(config, weights, i) for i in range(config.num_layers)]
         self.norm = weights.tensor("model.norm.weight")  # [e]

@@ -1,0 +1,1 @@
+"""FP8 checkpoints: how they are published, read, made and multiplied."""

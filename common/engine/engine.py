@@ -68,6 +68,7 @@ class _Submitted:
 @dataclass(frozen=True, slots=True)
 class _Abort:
     request_id: str
+    error: BatonError | None
 
 
 class Engine:
@@ -154,11 +155,12 @@ class Engine:
             self._inbox.append(submitted)
             self._condition.notify()
 
-    def abort(self, request_id: str) -> None:
-        """End a request; an unknown or finished one is no error."""
+    def abort(self, request_id: str, error: BatonError | None = None) -> None:
+        """End a request: cancelled, or with the error that its caller is to hear. An unknown or
+        finished one is left alone."""
         with self._condition:
             if request_id in self._live:
-                self._inbox.append(_Abort(request_id))
+                self._inbox.append(_Abort(request_id, error))
                 self._condition.notify()
 
     def wake(self) -> None:
@@ -223,7 +225,7 @@ class Engine:
             stopping = self._stopping
         for message in inbox:
             if isinstance(message, _Abort):
-                self._guard(lambda m=message: self._scheduler.abort(m.request_id))
+                self._guard(lambda m=message: self._scheduler.abort(m.request_id, m.error))
             else:
                 self._add(message)
         return not stopping

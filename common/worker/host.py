@@ -136,10 +136,11 @@ class EngineHost:
             self._forget(request.request_id)
             raise
 
-    def abort(self, request_id: str) -> None:
-        """End a request; its listener hears of it. Unknown ids are ignored."""
+    def abort(self, request_id: str, error: BatonError | None = None) -> None:
+        """End a request, cancelled or with this error; its listener hears of it. Unknown ids are
+        ignored."""
         if self._engine is not None and request_id in self._listeners:
-            self._engine.abort(request_id)
+            self._engine.abort(request_id, error)
 
     def abort_soon(self, request_id: str, error: Exception) -> None:
         """For connectors, from any thread: a request whose transfer broke need not go on."""
@@ -233,15 +234,17 @@ class EngineHost:
     # End ------------------------------------------------------------------------------------
 
     async def drain(self, deadline_s: float) -> None:
-        """Take nothing new; what runs gets `deadline_s` seconds, then is aborted."""
+        """Take nothing new; what runs gets `deadline_s` seconds, then its caller is told to go on
+        with another worker."""
         self.status = pb.WORKER_STATUS_DRAINING
         try:
             async with asyncio.timeout(deadline_s):
                 await self._idle.wait()
         except TimeoutError:
-            log.warning("drain_timed_out", aborted=len(self._listeners), seconds=deadline_s)
+            log.warning("drain_timed_out", handed_over=len(self._listeners), seconds=deadline_s)
+            leaving = Unavailable(f"worker {self.worker_id} is leaving; ask another one")
             for request_id in list(self._listeners):
-                self.abort(request_id)
+                self.abort(request_id, leaving)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ABORT_S):
                     await self._idle.wait()

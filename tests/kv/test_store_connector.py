@@ -331,6 +331,18 @@ def test_saves_that_find_no_room_are_dropped_and_counted(fake, worker_of):
     assert worker.connector.take_events()["store_saves_dropped"] == 16
 
 
+def test_a_worker_that_ends_saves_what_still_waits_to_be_saved(fake, worker_of):
+    async def stall():
+        await asyncio.sleep(0.3)
+
+    fake.on_put = stall
+    worker = worker_of(fake.address)
+    worker.submit("a", prompt_of(160, seed=16))
+    worker.run("a")
+    worker.connector.shutdown()
+    assert len(fake._store) == 10
+
+
 def test_a_chain_stays_on_one_of_several_stores(worker_of):
     fakes = [FakeStore() for _ in range(3)]
     addresses = [fake.address for fake in fakes]

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import httpx
+import pytest
 
 from tests.support.mesh import Mesh, wait_until
 
@@ -31,10 +32,12 @@ def decode_at_work(mesh: Mesh) -> str | None:
     return busy[0]["address"] if busy else None
 
 
-def test_a_stream_goes_on_with_the_same_tokens_when_its_decode_worker_is_killed(
-    tmp_path: Path,
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stream_goes_on_with_the_same_tokens_when_its_decode_worker_ends(
+    tmp_path: Path, sig: signal.Signals
 ) -> None:
-    with Mesh(tmp_path, decode=2) as mesh:
+    # A drain this short ends long before the answer does.
+    with Mesh(tmp_path, decode=2, args={"decode": ["--drain-s=0.1"]}) as mesh:
         expected = text_of(mesh, BODY)
         pieces: list[str] = []
         body = {**BODY, "stream": True}
@@ -48,10 +51,17 @@ def test_a_stream_goes_on_with_the_same_tokens_when_its_decode_worker_is_killed(
                 if len(pieces) > 20 and not killed:
                     address = wait_until(lambda: decode_at_work(mesh), 5, "a busy decode worker")
                     victim = next(s for s in mesh.of("decode") if address.endswith(f":{s.port}"))
-                    victim.stop(signal.SIGKILL)
+                    code = victim.stop(sig)
                     killed = True
         assert killed
         assert "".join(pieces) == expected
+        assert code == (0 if sig == signal.SIGTERM else -signal.SIGKILL)
+        heir = next(
+            w for w in mesh.state()["workers"] if w["address"] != address and w["role"] == "decode"
+        )
+        # What the worker had computed was in the store, its last blocks too.
+        if sig == signal.SIGTERM:
+            assert heir["counters"]["store_blocks_loaded"] > 0
 
 
 def test_prompts_are_prefilled_elsewhere_when_prefill_and_store_are_killed(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ log = structlog.get_logger("store")
 # Keys that are known to be in a store and are not sent again.
 MAX_KNOWN_KEYS = 1 << 17
 SAVE_BATCH_FRAMES = 64
+# At shutdown, for copies that wait to be saved.
+FLUSH_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +294,10 @@ class StoreConnector(KVConnector):
             self._loop.close()
 
     async def _close(self) -> None:
+        """What waits to be saved is: the next worker of these requests finds it in the store."""
+        tasks = [saves.task for saves in self._saves.values() if saves.task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=FLUSH_S)
         for client in self._clients:
             await client.close()
 

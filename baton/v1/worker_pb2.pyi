@@ -35,7 +35,14 @@ class GetStateRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStateResponse(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "role", "status", "model", "load", "data_address", "version")
+    __slots__ = ("worker_id", "incarnation", "role", "status", "model", "load", "data_address", "version", "data_links")
+    class DataLinksEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +51,7 @@ class GetStateResponse(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     DATA_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    DATA_LINKS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     role: Role
@@ -52,7 +60,8 @@ class GetStateResponse(_message.Message):
     load: Load
     data_address: str
     version: str
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., status: _Optional[_Union[WorkerStatus, str]] = ..., model: _Optional[_Union[ModelCard, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., data_address: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+    data_links: _containers.ScalarMap[str, str]
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., status: _Optional[_Union[WorkerStatus, str]] = ..., model: _Optional[_Union[ModelCard, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., data_address: _Optional[str] = ..., version: _Optional[str] = ..., data_links: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ModelCard(_message.Message):
     __slots__ = ("name", "max_model_len", "block_size", "block_bytes", "kv_dtype", "fingerprint", "vocab_size")

@@ -46,6 +46,7 @@ class EngineHost:
         self.incarnation = secrets.token_hex(8)
         self.status = pb.WORKER_STATUS_LOADING
         self.data_address = ""
+        self.data_links: Callable[[], dict[str, str]] = dict
         self.step = 0
         self._lifecycle = lifecycle
         self._loop = asyncio.get_running_loop()
@@ -206,6 +207,7 @@ class EngineHost:
             load=self._load(),
             data_address=self.data_address,
             version=_version(),
+            data_links=self.data_links(),
         )
 
     def _load(self) -> pb.Load:

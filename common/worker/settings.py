@@ -6,6 +6,7 @@ from pydantic import ByteSize, Field, field_validator
 
 from common.engine.config import EngineConfig
 from common.errors import ConfigError
+from common.kv.transports import NAMES, parse_names
 from common.rpc.discovery import own_address, parse_addresses
 from common.settings import ServiceSettings
 
@@ -23,6 +24,9 @@ class WorkerSettings(ServiceSettings):
         None, description="host that peers connect to; unset: this machine's own address"
     )
     kvstore: str = Field("", description="KV stores, host:port[,host:port]; empty: none")
+    transports: str = Field(
+        ",".join(NAMES), description="ways that KV may take between workers, best first"
+    )
     dtype: str = Field("auto", description="auto, float32 or bfloat16: what is computed in")
     quantization: str | None = Field(
         None, description="fp8 or fp8-block: quantize the matrices of an unquantized checkpoint"
@@ -52,6 +56,19 @@ class WorkerSettings(ServiceSettings):
         except ConfigError as error:
             raise ValueError(str(error)) from error
         return value
+
+    @field_validator("transports")
+    @classmethod
+    def _check_transports(cls, value: str) -> str:
+        try:
+            parse_names(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return value
+
+    @property
+    def transport_names(self) -> tuple[str, ...]:
+        return parse_names(self.transports)
 
     @property
     def kvstore_addresses(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from baton.v1 import worker_pb2 as pb
 from baton.v1 import worker_pb2_grpc
 from common.errors import ConfigError, HandoffError
 from common.kv.connectors.handoff import HandoffReceiver
+from common.kv.transports import DataPlane
 from common.rpc.loop import LoopThread
 from common.rpc.server import Lifecycle, RpcServer, run_service
 from common.rpc.status import SERVICE_NAME, WorkerStatusServicer
@@ -41,6 +42,7 @@ class DecodeApp:
             data_port=config.data_port,
             policy=config.handoff_policy(),
             loop=self._loop,
+            transport=DataPlane(config.transport_names),
             tracing=self._tracing,
         )
         self._sessions = DecodeServicer(self._host, self._tracing)

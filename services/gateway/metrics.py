@@ -1,10 +1,11 @@
 """Prometheus metrics. Names follow vLLM's, with `baton:` before them, where one means the same."""
 
+from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from services.gateway.worker_state import WorkerState
@@ -99,12 +100,12 @@ class Metrics:
 
 
 class _WorkerCollector(Collector):
-    """Gauges of the workers there are now: one that left leaves no stale series."""
+    """What the workers there are now say: one that left leaves no stale series."""
 
     def __init__(self, workers: Callable[[], Sequence[WorkerState]]) -> None:
         self._workers = workers
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         states = self._workers()
         labels = ("role", "worker")
         up = GaugeMetricFamily("baton:worker_up", "1 where the worker is ready", labels=labels)
@@ -116,3 +117,27 @@ class _WorkerCollector(Collector):
             for state in states:
                 family.add_metric((state.role, state.address), float(getattr(state, field)))
             yield family
+        yield _data_links(states)
+        yield _events(states)
+
+
+def _data_links(states: Sequence[WorkerState]) -> GaugeMetricFamily:
+    labels = ("role", "worker", "transport")
+    family = GaugeMetricFamily(
+        "baton:worker_data_links", "Peers that the worker sends KV to", labels=labels
+    )
+    for state in states:
+        for transport, count in sorted(Counts(state.data_links.values()).items()):
+            family.add_metric((state.role, state.address, transport), float(count))
+    return family
+
+
+def _events(states: Sequence[WorkerState]) -> CounterMetricFamily:
+    labels = ("role", "worker", "event")
+    family = CounterMetricFamily(
+        "baton:worker_events", "What the worker has counted since its start", labels=labels
+    )
+    for state in states:
+        for event, count in sorted(state.counters.items()):
+            family.add_metric((state.role, state.address, event), float(count))
+    return family

@@ -31,6 +31,7 @@ class WorkerState:
     vocab_size: int = 0
     data_address: str = ""
     version: str = ""
+    data_links: MappingProxyType[str, str] = field(default_factory=lambda: MappingProxyType({}))
     running: int = 0
     waiting: int = 0
     max_waiting: int = 0
@@ -50,6 +51,7 @@ class WorkerState:
         """For /debug/state."""
         shown = {name: getattr(self, name) for name in self.__slots__}
         shown["fingerprint"] = self.fingerprint.hex()
+        shown["data_links"] = dict(sorted(self.data_links.items()))
         shown["counters"] = dict(sorted(self.counters.items()))
         shown["blocks_free"] = max(0, self.blocks_total - self.blocks_used - self.blocks_cached)
         return shown
@@ -72,6 +74,7 @@ def from_proto(address: str, role: str, state: pb.GetStateResponse) -> WorkerSta
         vocab_size=model.vocab_size,
         data_address=state.data_address,
         version=state.version,
+        data_links=MappingProxyType(dict(state.data_links)),
         running=load.running_requests,
         waiting=load.waiting_requests,
         max_waiting=load.max_waiting_requests,

@@ -8,6 +8,7 @@ import structlog
 from baton.v1 import worker_pb2 as pb
 from baton.v1 import worker_pb2_grpc
 from common.kv.connectors.handoff import HandoffSender
+from common.kv.transports import DataPlane
 from common.rpc.loop import LoopThread
 from common.rpc.server import Lifecycle, RpcServer, run_service
 from common.rpc.status import SERVICE_NAME, WorkerStatusServicer
@@ -32,8 +33,10 @@ class PrefillApp:
             loop=self._loop,
             max_staged_bytes=int(config.max_staged_bytes),
             on_failure=self._host.abort_soon,
+            transport=DataPlane(config.transport_names),
             tracing=self._tracing,
         )
+        self._host.data_links = self._sender.links
         self._connector = chain(config.kvstore_addresses, self._sender, self._loop)
         self._server = RpcServer(config.host, config.port)
         self._server.add(

@@ -44,6 +44,7 @@ async def test_a_folder_that_does_not_exist_is_refused(start, tmp_path):
         (("--max-model-len", "4096"), "max_model_len is 4096"),
         (("--dtype", "float8"), "float8"),
         (("--kvstore", "nowhere"), "--kvstore"),
+        (("--transports", "tcp,pigeon"), "--transports"),
     ],
 )
 async def test_a_setting_that_cannot_work_is_refused_by_name(start, flags, text):

@@ -20,6 +20,7 @@ import secrets
 import socket
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -218,9 +219,11 @@ class _Home:
         self._lock = os.open(self.folder / "nonce", os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         os.write(self._lock, self.nonce.encode())
+        # Also when the process ends without closing, as when its model does not load.
+        self._at_exit = weakref.finalize(self, _remove, self.folder)
 
     def remove(self) -> None:
-        _remove(self.folder)
+        self._at_exit()
         os.close(self._lock)
 
 

@@ -73,6 +73,7 @@ class LLM:
     seed              of requests that have none: request i of a call gets seed + i, so that a call
                       can be repeated; None: drawn at random
     threads           torch threads; None: torch's choice
+    tensor_parallel_size  processes that compute together, this one among them
 
     Raises CheckpointError or ConfigError for what cannot be served.
     """
@@ -96,6 +97,7 @@ class LLM:
         device: str = "cpu",
         kernels: str = "auto",
         threads: int | None = None,
+        tensor_parallel_size: int = 1,
     ) -> None:
         self.config = EngineConfig(
             model=Path(model),
@@ -113,6 +115,7 @@ class LLM:
             device=device,
             kernels=kernels,
             threads=threads,
+            tensor_parallel=tensor_parallel_size,
         )
         self.seed = seed
         self.tokenizer = load_tokenizer(self.config.model)

@@ -280,6 +280,8 @@ class EngineConfig:
     kernels                 auto | reference: which implementation of the model's operations; auto
                             takes the fastest that is exact on this machine
     threads                 torch threads; None: torch's own choice
+    tensor_parallel         processes that compute each step together, the engine's own among them;
+                            they share the threads
 
     Raises ConfigError, naming the setting, for a value that cannot work.
     """
@@ -299,6 +301,7 @@ class EngineConfig:
     device: str = "cpu"
     kernels: str = "auto"
     threads: int | None = None
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", Path(self.model))
@@ -318,6 +321,7 @@ class EngineConfig:
             _check_int("num_blocks", self.num_blocks, 2, 2**31 - 1)
         if self.threads is not None:
             _check_int("threads", self.threads, 1, 1024)
+        _check_int("tensor_parallel", self.tensor_parallel, 1, 64)
         if not isinstance(self.prefix_caching, bool):
             raise ConfigError(f"prefix_caching is {self.prefix_caching!r}; set it to true or false")
 

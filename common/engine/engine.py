@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,7 +43,7 @@ class EngineState:
     blocks_cached              those that only the prefix cache keeps
     open_handoffs              transfers of connectors under way
     tokens_waiting             tokens of waiting requests
-    healthy                    False after several broken steps in a row
+    healthy                    False after several broken steps in a row, or when none can run
     counters                   by name, since the start
     """
 
@@ -78,7 +79,7 @@ class Engine:
     connector  where KV comes from and goes to; None: nowhere
     on_step    called on the engine's thread after each step with all that it gave; must be quick
 
-    submit, abort, wake, drain and state may be called from any thread. Raises CheckpointError or
+    submit, abort, wake, drain, state and failure may be called from any thread. Raises CheckpointError or
     ConfigError for what cannot be served.
     """
 
@@ -117,8 +118,14 @@ class Engine:
                 wake=self.wake,
             )
         )
+        self.failure.add_done_callback(lambda _: self.wake())
 
     # From any thread -----------------------------------------------------------------------
+
+    @property
+    def failure(self) -> Future[BatonError]:
+        """Resolved, on any thread, with the reason why this engine can run no more."""
+        return self.runner.failure
 
     def start(self) -> None:
         """Begin to serve."""
@@ -139,6 +146,8 @@ class Engine:
             request, secrets.randbits(64) if seed is None else seed, time.monotonic()
         )
         with self._condition:
+            if self.failure.done():
+                raise self.failure.result()
             if self._draining or self._stopping:
                 raise Unavailable("the engine is draining and takes no new request")
             if request.request_id in self._live:
@@ -196,22 +205,28 @@ class Engine:
             self._stopping = True
             self._condition.notify_all()
         if self._thread is None:
-            self._connector.shutdown()
+            self._release()
         elif self._thread is not threading.current_thread():
             self._thread.join()
 
     # The engine's thread -------------------------------------------------------------------
 
     def _run(self) -> None:
-        if self.config.threads is not None:
-            torch.set_num_threads(self.config.threads)
+        if self.runner.config.threads is not None:
+            torch.set_num_threads(self.runner.config.threads)
         try:
             busy = False
             while self._take_inbox(busy):
                 busy = self._turn()
-            self._cancel_all()
+            self._end_all(None)
         finally:
+            self._release()
+
+    def _release(self) -> None:
+        try:
             self._connector.shutdown()
+        finally:
+            self.runner.close()
 
     def _take_inbox(self, busy: bool) -> bool:
         """Wait for something to do, then take it in. False: the engine is to stop."""
@@ -244,6 +259,9 @@ class Engine:
 
     def _turn(self) -> bool:
         """One step, or only a look at connectors. True when the next turn must not wait."""
+        if self.failure.done():
+            self._end_all(self.failure.result())
+            return False
         plan: StepPlan | None = None
         try:
             plan = self._scheduler.schedule(time.monotonic())
@@ -310,7 +328,7 @@ class Engine:
             blocks_cached=blocks.num_cached,
             open_handoffs=self._connector.open_handoffs(),
             tokens_waiting=scheduler.tokens_waiting,
-            healthy=self._failures < UNHEALTHY_AFTER_FAILURES,
+            healthy=self._failures < UNHEALTHY_AFTER_FAILURES and not self.failure.done(),
             counters={**scheduler.counters, **self._connector_counters},
         )
 
@@ -334,8 +352,9 @@ class Engine:
         else:  # nothing says whose fault it was
             self._end(self._scheduler.request_ids(), told)
 
-    def _cancel_all(self) -> None:
-        self._end(self._scheduler.request_ids(), None)
+    def _end_all(self, error: Exception | None) -> None:
+        """None: they are cancelled."""
+        self._end(self._scheduler.request_ids(), error)
         self._tell(self._scheduler.take_outputs())
 
     def _end(self, request_ids: list[str], error: Exception | None) -> None:

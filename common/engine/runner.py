@@ -1,21 +1,26 @@
 """The model and its KV cache on one device: loads a checkpoint, runs one step at a time."""
 
 import json
-from dataclasses import asdict, replace
+import os
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 
 import torch
 
 from common.engine.batch import Batch
-from common.engine.cache import KVCache
+from common.engine.cache import KVCache, shared_memory
 from common.engine.checkpoint import Checkpoint
 from common.engine.config import EngineConfig, ModelConfig
 from common.engine.kernels import select_ops
 from common.engine.models import load_model
+from common.engine.parallel.group import Group
+from common.engine.parallel.ranks import Ranks
+from common.engine.parallel.shard import Shard
 from common.engine.quantization.read import read_kv_scales
 from common.engine.quantization.scheme import on_load
 from common.engine.sequence import StepPlan
-from common.errors import ConfigError
+from common.errors import BatonError, ConfigError
 from common.kv.connector import KVConnector
 from common.kv.layout import LAYOUT_VERSION, KVLayout
 
@@ -25,8 +30,21 @@ TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KV_DTYPE_OF = {"float32": "float32", "bfloat16": "bf16"}
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a runner stands among the ranks of a worker, and the files of memory they share."""
+
+    rank: int
+    cache_fd: int
+    meeting_fd: int
+
+
 class ModelRunner:
     """Loads in the constructor; raises CheckpointError or ConfigError for what cannot be served.
+
+    With tensor_parallel over 1 it starts the other ranks, whose runners have a `place`; each step
+    then runs on all of them. All ranks map one cache: what connectors read and write on rank 0 is
+    whole blocks, whatever the number of ranks.
 
     model_config   the checkpoint's ModelConfig
     layout         KVLayout of the cache's blocks
@@ -35,11 +53,12 @@ class ModelRunner:
     cache          uint8 [num_blocks, block_bytes]
     max_model_len  most tokens of one sequence
     device         torch.device
+    failure        resolved, on any thread, with the reason why no step can run any more
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        self.config = config
+    def __init__(self, config: EngineConfig, place: Place | None = None) -> None:
         self.device = _device(config.device)
+        self.config = config = config if place else _share_threads(config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.model_config = model = model_config(config)
@@ -52,25 +71,94 @@ class ModelRunner:
             kv_dtype=kv_dtype(config, model, dtype),
         )
         self.num_blocks, self.max_model_len = plan_cache(config, model, self.layout)
-        with Checkpoint(config.model) as checkpoint:
+        self.shard = Shard.of(model, place.rank if place else 0, config.tensor_parallel)
+        self.failure: Future[BatonError] = Future()
+        self._ranks: Ranks | None = None
+        self._place = place
+        self._group = Group(self.shard.rank, self.shard.size)
+        try:
+            if self.shard.size > 1 and place is None:
+                self._start_ranks()
+            self._load(TORCH_DTYPES[dtype])
+            if self._ranks is not None:
+                self._ranks.wait_loaded()
+                self.connect()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start_ranks(self) -> None:
+        config = replace(
+            self.config, num_blocks=self.num_blocks, max_model_len=self.max_model_len
+        )
+        cache_fd = shared_memory(self.num_blocks * self.layout.block_bytes)
+        self._place = Place(0, cache_fd, shared_memory(0))
+        self._ranks = Ranks(config, self._place.cache_fd, self._place.meeting_fd)
+        self.failure = self._ranks.failure
+
+    def _load(self, dtype: torch.dtype) -> None:
+        model = self.model_config
+        with Checkpoint(self.config.model) as checkpoint:
             self._model = load_model(
                 model,
                 checkpoint,
-                select_ops(self.device, config.kernels),
+                select_ops(self.device, self.config.kernels),
                 max_len=self.max_model_len,
-                dtype=TORCH_DTYPES[dtype],
+                dtype=dtype,
                 device=self.device,
+                shard=self.shard,
+                group=self._group,
             )
             static_scales = read_kv_scales(checkpoint, model)
-            self.fingerprint = fingerprint(checkpoint.digest(), model, self.layout)
-        self._cache = KVCache(self.layout, self.num_blocks, self.device, static_scales)
+            # Only rank 0 gives keys to blocks; hashing all weights on each would be in vain.
+            digest = checkpoint.digest() if self.shard.rank == 0 else b""
+        self.fingerprint = fingerprint(digest, model, self.layout)
+        self._cache = KVCache(
+            self.layout,
+            self.num_blocks,
+            self.device,
+            static_scales=static_scales,
+            kv_heads=self.shard.kv_heads,
+            fd=self._place.cache_fd if self._place else None,
+        )
         self.cache = self._cache.data
+
+    def connect(self) -> None:
+        """Meet the other ranks, when all have loaded; before the first step."""
+        if self._place is not None:
+            self._group.connect(self._place.meeting_fd)
+
+    def close(self) -> None:
+        """End the other ranks; no step can run afterwards. Does nothing where there are none."""
+        if self._ranks is not None:
+            self._ranks.close()
+            self._group.close()
+        if self._place is not None:
+            os.close(self._place.cache_fd)
+            os.close(self._place.meeting_fd)
+            self._place = None
 
     @torch.inference_mode()
     def forward(self, batch: Batch, connector: KVConnector | None = None) -> torch.Tensor:
         """Runs a step: writes the KV of the batch's tokens, returns the logits of its
-        `logit_rows`, [num_logits, vocab] float32. The connector is told of each layer."""
-        return self._model.forward(batch, self._cache, connector)
+        `logit_rows`, [num_logits, vocab] float32. The connector is told of each layer.
+
+        Raises Unavailable when another rank is gone.
+        """
+        if not self.shard.writes_kv:
+            # Another rank writes the head that this one shares.
+            batch = replace(batch, slot_mapping=torch.zeros_like(batch.slot_mapping))
+        if self._ranks is None:
+            return self._model.forward(batch, self._cache, connector)
+        if connector is not None:
+            # The other ranks have no connector to wait for.
+            for layer in range(self.layout.num_layers):
+                connector.wait_for_layer_load(layer)
+        self._ranks.send(batch)
+        try:
+            return self._model.forward(batch, self._cache, connector)
+        except Exception as error:
+            raise self._ranks.explain(f"rank 0 broke off a step ({error})") from error
 
     def build_batch(self, plan: StepPlan) -> Batch:
         """The tensors of a plan; logit rows in the order of its sampled sequences."""
@@ -188,6 +276,20 @@ def fingerprint(weights: bytes, model: ModelConfig, layout: KVLayout) -> bytes:
     }
     encoded = json.dumps(settings, sort_keys=True).encode()
     return blake2b(weights + encoded, digest_size=16).digest()
+
+
+def _share_threads(config: EngineConfig) -> EngineConfig:
+    """The settings of one of the ranks: together they use the threads that one would."""
+    if config.tensor_parallel == 1:
+        return config
+    if config.device != "cpu":
+        raise ConfigError(
+            f"tensor_parallel is {config.tensor_parallel} with device {config.device!r}; ranks "
+            "share their KV cache in the machine's memory: set device to cpu, or tensor_parallel "
+            "to 1"
+        )
+    threads = config.threads or torch.get_num_threads()
+    return replace(config, threads=max(1, threads // config.tensor_parallel))
 
 
 def _device(name: str) -> torch.device:

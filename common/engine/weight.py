@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from common.engine.quantization.scheme import BLOCK, Activation
+from common.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,36 @@ class Weight:
             if (tensor := getattr(self, name)) is not None
         }
         return replace(self, **moved)
+
+
+def part(weight: Weight, name: str, rows: range | None, columns: range | None) -> Weight:
+    """These rows and columns of a matrix, None for all of them.
+
+    Raises ConfigError, with the name, for a range that cuts through a block with a scale.
+    """
+    out, width = weight.values.shape
+    rows = range(out) if rows is None else rows
+    columns = range(width) if columns is None else columns
+    values = weight.values[rows.start : rows.stop, columns.start : columns.stop]
+    if values.numel() < weight.values.numel():
+        values = values.clone()  # a view would keep the whole matrix in memory
+    scale = weight.scale
+    if weight.activation is Activation.GROUP:
+        if not (_whole_blocks(rows, out) and _whole_blocks(columns, width)):
+            raise ConfigError(
+                f"{name}: rows {rows.start} to {rows.stop} and columns {columns.start} to "
+                f"{columns.stop} of {out} x {width} cut through blocks of {BLOCK} that have one "
+                "scale; set tensor_parallel lower, or quantize by rows (fp8)"
+            )
+        tall, wide = (slice(r.start // BLOCK, -(-r.stop // BLOCK)) for r in (rows, columns))
+        scale = scale[tall, wide]
+    elif scale is not None:
+        scale = scale[rows.start : rows.stop]
+    return replace(weight, values=values, scale=scale)
+
+
+def _whole_blocks(wanted: range, size: int) -> bool:
+    return wanted.start % BLOCK == 0 and (wanted.stop % BLOCK == 0 or wanted.stop == size)
 
 
 def fuse(parts: list[Weight]) -> Weight | None:

@@ -63,6 +63,7 @@ class EngineHost:
         started = time.monotonic()
         config = self.settings.engine_config()
         self._engine = await self._on_thread(lambda: Engine(config, connector, self._on_step))
+        self._engine.failure.add_done_callback(lambda f: self._post(self._give_up, f.result()))
         self._engine.start()
         await self._warm_up()
         self.status = pb.WORKER_STATUS_READY
@@ -170,6 +171,11 @@ class EngineHost:
             self._lifecycle.fail(
                 BatonError("the engine's steps fail in a row; see step_failed in the log")
             )
+
+    def _give_up(self, error: BatonError) -> None:
+        self.status = pb.WORKER_STATUS_DRAINING
+        log.error("engine_lost", reason=str(error))
+        self._lifecycle.fail(error)
 
     def _healthy(self) -> bool:
         return self._engine is None or self._engine.state().healthy

@@ -47,6 +47,9 @@ class WorkerSettings(ServiceSettings):
     device: str = Field("cpu", description="torch device")
     kernels: str = Field("auto", description="auto or reference: the kernels of the model")
     threads: int | None = Field(None, description="torch threads; unset: torch's own choice")
+    tensor_parallel: int = Field(
+        1, description="processes that compute each step together; they share the threads"
+    )
 
     @field_validator("kvstore")
     @classmethod
@@ -96,4 +99,5 @@ class WorkerSettings(ServiceSettings):
             device=self.device,
             kernels=self.kernels,
             threads=self.threads,
+            tensor_parallel=self.tensor_parallel,
         )

@@ -103,7 +103,7 @@ class ReferenceOps:
         return F.silu(gate).mul_(up)
 
     def write_kv(self, qkv: torch.Tensor, cache: KVCache, layer: int, step: Step) -> torch.Tensor:
-        kv_heads = cache.layout.num_kv_heads
+        kv_heads = cache.num_kv_heads
         turned = apply_rope(qkv[:, :-kv_heads], step.cos, step.sin)
         q, k, v = turned[:, :-kv_heads], turned[:, -kv_heads:], qkv[:, -kv_heads:]
         kv = torch.stack((k, v), 1)
@@ -179,7 +179,7 @@ def attend(q: torch.Tensor, cache: KVCache, layer: int, span: Span) -> torch.Ten
     and V for each).
     """
     count, heads, dim = q.shape
-    kv_heads = cache.layout.num_kv_heads
+    kv_heads = cache.num_kv_heads
     k, v = read_kv(cache, layer, span.blocks, q.dtype)
     if span.queries > 1:
         grouped = q.view(count, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
@@ -202,7 +202,7 @@ def attend(q: torch.Tensor, cache: KVCache, layer: int, span: Span) -> torch.Ten
 def plan_spans(batch: Batch, cache: KVCache, window: int | None) -> list[Span]:
     """The attention calls of a step for layers with this window."""
     layout = cache.layout
-    per_token = 2 * layout.num_kv_heads * layout.head_dim
+    per_token = 2 * cache.num_kv_heads * layout.head_dim
     groups: dict[int, list[int]] = {}
     spans: list[Span] = []
     for i, context in enumerate(batch.context_len):

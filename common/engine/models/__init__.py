@@ -10,6 +10,8 @@ from common.engine.checkpoint import Checkpoint
 from common.engine.config import ModelConfig
 from common.engine.kernels import Ops
 from common.engine.models.llama import DenseDecoder
+from common.engine.parallel.group import Group
+from common.engine.parallel.shard import Shard
 from common.errors import CheckpointError
 from common.kv.connector import KVConnector
 
@@ -37,12 +39,24 @@ def load_model(
     max_len: int,
     dtype: torch.dtype,
     device: torch.device,
+    shard: Shard,
+    group: Group,
 ) -> Model:
-    """Checks the checkpoint's tensors against the config, then builds the model from them."""
+    """Checks the checkpoint's tensors against the config, then builds the shard's part of the model
+    from them."""
     model = MODELS.get(config.architecture)
     if model is None:
         raise CheckpointError(
             f"{checkpoint.folder}: architecture {config.architecture!r} is not served; "
             f"this version serves {', '.join(sorted(MODELS))}"
         )
-    return model(config, checkpoint, ops, max_len=max_len, dtype=dtype, device=device)
+    return model(
+        config,
+        checkpoint,
+        ops,
+        max_len=max_len,
+        dtype=dtype,
+        device=device,
+        shard=shard,
+        group=group,
+    )

@@ -2,7 +2,8 @@
 
 They differ in biases, in a norm of Q and K, and in windows, all of which ModelConfig says.
 n is the tokens of a step, e hidden_size, f intermediate_size, h and g the query and KV heads,
-d head_dim.
+d head_dim. Of several tensor-parallel ranks each has its part of f, h, g and the vocabulary; what
+is [n, e] is whole and the same on all of them.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from common.engine.checkpoint import Checkpoint
 from common.engine.config import ModelConfig
 from common.engine.kernels import Linear, Ops
 from common.engine.layers import rope_table
+from common.engine.parallel.group import Group
+from common.engine.parallel.shard import Shard
 from common.engine.quantization.read import SCALE_NAMES
 from common.engine.weight import Weight
 from common.engine.weights import WeightReader
@@ -38,7 +41,8 @@ class Layer:
 
 
 class DenseDecoder:
-    """One model on one device. `forward` is the only method used after construction."""
+    """One model, or one rank's part of it, on one device. `forward` is the only method used after
+    construction; ranks call it together."""
 
     def __init__(
         self,
@@ -49,27 +53,34 @@ class DenseDecoder:
         max_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        shard: Shard,
+        group: Group,
     ) -> None:
         self.config = config
         self.ops = ops
+        self.shard = shard
+        self.group = group
         ignored = (*IGNORED, "lm_head.weight") if config.tie_word_embeddings else IGNORED
         ignored = ignored if config.quantization is None else (*ignored, *SCALE_NAMES)
         checkpoint.check(tensor_shapes(config), ignored)
         weights = WeightReader(checkpoint, ops, dtype, device, config.quantization)
         self.embedding = weights.tensor("model.embed_tokens.weight")  # [vocab, e]
-        self.layers = [_layer(config, weights, i) for i in range(config.num_layers)]
+        self.layers = [_layer(config, shard, weights, i) for i in range(config.num_layers)]
         self.norm = weights.tensor("model.norm.weight")  # [e]
         if config.tie_word_embeddings:
-            self.head = ops.linear(Weight(self.embedding), None)  # e -> vocab
+            rows = self.embedding[shard.vocab.start : shard.vocab.stop]
+            self.head = ops.linear(Weight(rows), None)  # e -> vocab
         else:
-            self.head = weights.linear("lm_head")
+            self.head = weights.linear("lm_head", rows=(shard.vocab,))
         cos, sin = rope_table(config.rope, config.head_dim, max_len)
         self.rope = cos.to(device), sin.to(device)
 
     def forward(self, batch: Batch, cache: KVCache, connector: KVConnector | None) -> torch.Tensor:
-        """Writes the batch's KV into the cache; returns logits [num_logits, vocab] float32."""
-        config, ops, eps = self.config, self.ops, self.config.rms_norm_eps
-        step = ops.prepare(batch, cache, config.num_heads, config.layer_windows, self.rope)
+        """Writes the batch's KV into the cache; returns logits [num_logits, vocab] float32, of no
+        meaning on ranks other than 0."""
+        config, ops, eps, group = self.config, self.ops, self.config.rms_norm_eps, self.group
+        heads = self.shard.num_heads
+        step = ops.prepare(batch, cache, heads, config.layer_windows, self.rope)
         x = self.embedding[batch.token_ids]  # [n, e]
         delta = None
         for index, layer in enumerate(self.layers):
@@ -81,35 +92,49 @@ class DenseDecoder:
             if connector is not None:
                 connector.wait_for_layer_load(index)
             q = ops.write_kv(qkv, cache, index, step)  # [n, h, d]
-            if connector is not None:
-                connector.save_kv_layer(index)
+            if self.shard.kv_is_shared:
+                group.barrier()  # what is read next, another rank may have written
             attended = ops.attention(q, cache, index, step).flatten(1)  # [n, h * d]
             if index == config.num_layers - 1:
                 # Nothing reads the other rows any more: a chunk that samples nothing ends here.
                 attended, x = attended[batch.logit_rows], x[batch.logit_rows]
-            x, normed = ops.add_norm(x, layer.output(attended), layer.mlp_norm, eps, layer.gate_up)
-            delta = layer.down(ops.silu_mul(layer.gate_up(normed), layer.down))
+            delta = group.sum(layer.output(attended))
+            if connector is not None:
+                # Not before the sum: with it every rank has written its heads.
+                connector.save_kv_layer(index)
+            x, normed = ops.add_norm(x, delta, layer.mlp_norm, eps, layer.gate_up)
+            delta = group.sum(layer.down(ops.silu_mul(layer.gate_up(normed), layer.down)))
         _, normed = ops.add_norm(x, delta, self.norm, eps, self.head)
-        return self.head(normed).float()
+        return group.gather(self.head(normed), config.vocab_size).float()
 
 
-def _layer(config: ModelConfig, weights: WeightReader, index: int) -> Layer:
+def _layer(config: ModelConfig, shard: Shard, weights: WeightReader, index: int) -> Layer:
     prefix = f"model.layers.{index}."
     attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+    qkv_rows = (shard.q_rows, shard.kv_rows, shard.kv_rows)
+    mlp_rows = (shard.mlp, shard.mlp)
+    # What is summed over the ranks must have its bias added once.
+    first = shard.rank == 0
     return Layer(
         attention_norm=weights.tensor(f"{prefix}input_layernorm.weight"),
-        qkv=weights.linear(*(f"{attention}{part}_proj" for part in "qkv"), bias=config.qkv_bias),
-        qk_norm=_qk_norm(config, weights, attention) if config.qk_norm else None,
-        output=weights.linear(f"{attention}o_proj", bias=config.output_bias),
+        qkv=weights.linear(
+            *(f"{attention}{part}_proj" for part in "qkv"), bias=config.qkv_bias, rows=qkv_rows
+        ),
+        qk_norm=_qk_norm(shard, weights, attention) if config.qk_norm else None,
+        output=weights.linear(
+            f"{attention}o_proj", bias=config.output_bias and first, columns=shard.q_rows
+        ),
         mlp_norm=weights.tensor(f"{prefix}post_attention_layernorm.weight"),
-        gate_up=weights.linear(f"{mlp}gate_proj", f"{mlp}up_proj", bias=config.mlp_bias),
-        down=weights.linear(f"{mlp}down_proj", bias=config.mlp_bias),
+        gate_up=weights.linear(
+            f"{mlp}gate_proj", f"{mlp}up_proj", bias=config.mlp_bias, rows=mlp_rows
+        ),
+        down=weights.linear(f"{mlp}down_proj", bias=config.mlp_bias and first, columns=shard.mlp),
     )
 
 
-def _qk_norm(config: ModelConfig, weights: WeightReader, attention: str) -> torch.Tensor:
-    q = weights.tensor(f"{attention}q_norm.weight").expand(config.num_heads, -1)
-    k = weights.tensor(f"{attention}k_norm.weight").expand(config.num_kv_heads, -1)
+def _qk_norm(shard: Shard, weights: WeightReader, attention: str) -> torch.Tensor:
+    q = weights.tensor(f"{attention}q_norm.weight").expand(shard.num_heads, -1)
+    k = weights.tensor(f"{attention}k_norm.weight").expand(len(shard.kv_heads), -1)
     return torch.cat((q, k))
 
 

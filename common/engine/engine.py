@@ -79,8 +79,8 @@ class Engine:
     connector  where KV comes from and goes to; None: nowhere
     on_step    called on the engine's thread after each step with all that it gave; must be quick
 
-    submit, abort, wake, drain, state and failure may be called from any thread. Raises CheckpointError or
-    ConfigError for what cannot be served.
+    submit, abort, wake, drain, state and failure may be called from any thread. Raises
+    CheckpointError or ConfigError for what cannot be served.
     """
 
     def __init__(

@@ -88,9 +88,7 @@ class ModelRunner:
             raise
 
     def _start_ranks(self) -> None:
-        config = replace(
-            self.config, num_blocks=self.num_blocks, max_model_len=self.max_model_len
-        )
+        config = replace(self.config, num_blocks=self.num_blocks, max_model_len=self.max_model_len)
         cache_fd = shared_memory(self.num_blocks * self.layout.block_bytes)
         self._place = Place(0, cache_fd, shared_memory(0))
         self._ranks = Ranks(config, self._place.cache_fd, self._place.meeting_fd)

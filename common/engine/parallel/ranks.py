@@ -131,20 +131,21 @@ def _watch(
     code = process.wait()
     if ending.is_set():
         return
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+    how = (
+        f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+    )
     _fail(failure, processes, f"rank {rank} (pid {process.pid}) {how}")
 
 
 def _fail(
     failure: "Future[BatonError]", processes: Sequence[subprocess.Popen[bytes]], reason: str
 ) -> None:
+    error = Unavailable(
+        f"{reason}; the {len(processes) + 1} tensor-parallel ranks of a worker end together: start "
+        "it again, and look into its log and the system's for the cause (memory, most often)"
+    )
     # The first to say why is right: the others die of it.
     with contextlib.suppress(InvalidStateError):
-        failure.set_result(
-            Unavailable(
-                f"{reason}; a worker of {len(processes) + 1} tensor-parallel ranks ends with any of "
-                "them: start it again, and look for the cause in its log and the system's (memory)"
-            )
-        )
+        failure.set_result(error)
     for process in processes:
         process.kill()

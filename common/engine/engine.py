@@ -20,10 +20,11 @@ import torch
 from common.engine.blocks import BlockManager
 from common.engine.config import EngineConfig
 from common.engine.limits import SchedulerConfig, length_limit
+from common.engine.logprobs import prompt_logprobs
 from common.engine.runner import ModelRunner
 from common.engine.sampler import Sampler
 from common.engine.scheduler import Scheduler
-from common.engine.sequence import EngineRequest, Phase, RequestOutput, Sequence, StepPlan
+from common.engine.sequence import EngineRequest, Phase, RequestOutput, Sampled, StepPlan
 from common.errors import BatonError, InvalidRequest, Overloaded, Unavailable
 from common.kv.connector import KVCaches, KVConnector
 
@@ -98,7 +99,7 @@ class Engine:
             BlockManager(self.runner.num_blocks, prefix_caching=config.prefix_caching),
             self._connector,
         )
-        self._sampler = Sampler()
+        self._sampler = Sampler(self.runner.model_config.eos_token_ids)
         self._thread: threading.Thread | None = None
         self._failures = 0
         self._connector_counters: Counter[str] = Counter()
@@ -134,13 +135,16 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="baton-engine", daemon=True)
         self._thread.start()
 
+    def check(self, request: EngineRequest) -> None:
+        """Raises InvalidRequest for a request that could never be served."""
+        length_limit(request, self._scheduler.config, self._scheduler.blocks.num_usable)
+
     def submit(self, request: EngineRequest) -> None:
         """Hand in a request; what becomes of it is told by on_step.
 
         Raises InvalidRequest, Overloaded, or Unavailable while draining, and then keeps nothing.
         """
-        config = self._scheduler.config
-        length_limit(request, config, self._scheduler.blocks.num_usable)
+        self.check(request)
         seed = request.params.seed
         submitted = _Submitted(
             request, secrets.randbits(64) if seed is None else seed, time.monotonic()
@@ -155,6 +159,7 @@ class Engine:
                     f"request_id {request.request_id!r} is in use; ids of live requests are unique",
                     field="request_id",
                 )
+            config = self._scheduler.config
             if len(self._live) >= config.max_requests:
                 raise Overloaded(
                     f"{len(self._live)} requests are served or wait, as many as max_num_seqs "
@@ -285,25 +290,12 @@ class Engine:
         logits = self.runner.forward(self.runner.build_batch(plan), connector)
         connector.wait_for_save()
         failed = connector.get_block_ids_with_load_errors()
-        return self._scheduler.update(plan, self._sample(plan, logits), failed)
+        told = prompt_logprobs(logits[sum(plan.sampled) :], plan)
+        return self._scheduler.update(plan, self._sample(plan, logits), failed, told)
 
-    def _sample(self, plan: StepPlan, logits: torch.Tensor) -> list[int | None]:
+    def _sample(self, plan: StepPlan, logits: torch.Tensor) -> list[Sampled]:
         sequences = [s for s, sampled in zip(plan.sequences, plan.sampled, strict=True) if sampled]
-        if not sequences:
-            return []
-        return self._sampler.sample(
-            logits,
-            [s.request.params for s in sequences],
-            [s.seed for s in sequences],
-            [len(s.token_ids) for s in sequences],
-            [self._banned(s) for s in sequences],
-        )
-
-    def _banned(self, sequence: Sequence) -> tuple[int, ...]:
-        params = sequence.request.params
-        if len(sequence.token_ids) - sequence.prompt_len >= params.min_tokens:
-            return ()
-        return self._scheduler.config.stop_tokens(params)
+        return self._sampler.sample(logits[: len(sequences)], sequences) if sequences else []
 
     def _tell(self, outputs: list[RequestOutput]) -> None:
         """Publish the state and the outputs, in this order: who hears of an end finds it there."""

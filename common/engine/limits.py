@@ -75,12 +75,23 @@ def check_request(request: EngineRequest, config: SchedulerConfig) -> None:
             field="prompt",
             code="context_length_exceeded",
         )
-    for token in request.params.stop_token_ids:
-        if token >= config.vocab_size:
-            raise InvalidRequest(
-                f"stop_token_ids names {token}; the model's ids are 0 to {config.vocab_size - 1}",
-                field="stop_token_ids",
-            )
+    _check_output(request)
+    request.params.check_vocabulary(config.vocab_size)
+
+
+def _check_output(request: EngineRequest) -> None:
+    given, prompt = request.output_tokens, len(request.prompt_token_ids)
+    if not 0 <= given < prompt:
+        raise InvalidRequest(
+            f"output_tokens is {given}, of {prompt} tokens; at least one must be the prompt's",
+            field="output_tokens",
+        )
+    if any(isinstance(word, str) for word in request.params.bad_words):
+        raise InvalidRequest("bad_words must be token ids here, not text", field="bad_words")
+    if request.params.n != 1:
+        raise InvalidRequest(
+            f"n is {request.params.n}; one request of the engine has one answer", field="n"
+        )
 
 
 def _check_prefill(request: EngineRequest, config: SchedulerConfig) -> None:
@@ -106,17 +117,24 @@ def length_limit(request: EngineRequest, config: SchedulerConfig, num_blocks: in
     the cache even with nobody else there.
     """
     check_request(request, config)
-    prompt, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
+    given, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
+    prompt = given - request.output_tokens
     capacity = num_blocks * config.block_size
     if request.prefill_tokens is not None:
-        limit, needed = prompt, request.prefill_tokens
+        limit, needed = given, request.prefill_tokens
     elif max_tokens is None:
         # The last token's KV is never needed.
-        limit, needed = min(config.max_model_len, capacity + 1), prompt
+        limit, needed = min(config.max_model_len, capacity + 1), given
     else:
         limit = min(prompt + max_tokens, config.max_model_len)
         needed = limit - 1
-    if needed > capacity or limit < prompt:
+    if max_tokens is not None and request.output_tokens >= max_tokens:
+        raise InvalidRequest(
+            f"output_tokens is {request.output_tokens}; max_tokens {max_tokens} leaves nothing to "
+            "generate",
+            field="output_tokens",
+        )
+    if needed > capacity or limit < given:
         raise InvalidRequest(
             f"the prompt of {prompt} tokens with max_tokens {max_tokens} needs KV for {needed} "
             f"tokens; the cache of {num_blocks} blocks of {config.block_size} holds {capacity}",

@@ -16,8 +16,9 @@ class PrefixCache:
 
     def match(self, sequence: Sequence) -> list[int]:
         """Blocks of the longest known prefix that leaves the last token to be computed (its
-        logits are wanted), unless only KV is. Nothing is acquired."""
-        if not self._config.prefix_caching:
+        logits are wanted), unless only KV is; none while logits of the whole prompt are wanted.
+        Nothing is acquired."""
+        if not self._config.prefix_caching or sequence.wants_prompt_logits:
             return []
         sampled = sequence.request.prefill_tokens is None
         usable = (sequence.target - sampled) // self._config.block_size

@@ -159,7 +159,8 @@ class ModelRunner:
             raise self._ranks.explain(f"rank 0 broke off a step ({error})") from error
 
     def build_batch(self, plan: StepPlan) -> Batch:
-        """The tensors of a plan; logit rows in the order of its sampled sequences."""
+        """The tensors of a plan; logit rows in the order of its sampled sequences, then those
+        of its `prompt_rows`."""
         return build_batch(plan, self.layout.block_size, self.device)
 
 
@@ -183,6 +184,8 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
         tables.append(table[: -(-end // block_size)])
         if sampled:
             logit_rows.append(len(token_ids) - 1)
+    for first, start, rows in zip(query_start, plan.start, plan.prompt_rows, strict=False):
+        logit_rows += [first + position - start for position in rows]
     width = max(map(len, tables), default=0)
     padded = [table + [-1] * (width - len(table)) for table in tables]
     whole = torch.tensor([token_ids, positions, slots], dtype=torch.int64, device=device)

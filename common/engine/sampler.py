@@ -1,17 +1,22 @@
-"""From logits to tokens. A row's token depends on its logits, parameters, seed and position only.
+"""From logits to tokens. A row's token depends on its logits, parameters, seed and tokens only.
 
-Order of the filters, as in vLLM: temperature, min-p, top-k, top-p. The random number of a row is
-Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") of its seed (the
-key) and position (the counter), so a sequence that is resumed elsewhere goes on with the same
-tokens.
+Order, as in vLLM: what changes logits (logits.py), then temperature, min-p, top-k, top-p. The
+random number of a row is Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
+1, 2, 3") of its seed (the key) and position (the counter), so a sequence that is resumed elsewhere
+goes on with the same tokens.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
 
+from common.engine.logits import process
+from common.engine.logprobs import describe, log_softmax, unusable_logits
 from common.engine.sampling_params import SamplingParams
+from common.engine.sequence import Sampled, Sequence, TokenLogprobs
+from common.errors import BatonError, InvalidRequest
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -56,7 +61,7 @@ class _Settings:
     top_p: torch.Tensor
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams], vocab: int, like: torch.Tensor) -> "_Settings":
+    def of(cls, params: Seq[SamplingParams], vocab: int, like: torch.Tensor) -> "_Settings":
         def column(values: list[float]) -> torch.Tensor:
             return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
 
@@ -70,56 +75,97 @@ class _Settings:
 
 
 class Sampler:
-    """Stateless; the same object may serve any number of batches."""
+    """Stateless but for what it keeps in `Sequence.logit_state`; one serves any number of batches.
 
-    def sample(
-        self,
-        logits: torch.Tensor,
-        params: Sequence[SamplingParams],
-        seeds: Sequence[int],
-        positions: Sequence[int],
-        banned: Sequence[Sequence[int]] | None = None,
-    ) -> list[int | None]:
-        """One token per row; None for a row whose logits are not usable (NaN, +inf, or all
-        tokens impossible), which says nothing about the others.
+    eos_token_ids  the model's: not chosen before min_tokens
+    """
 
-        logits     [n, vocab]  float32, not written
-        params     n           how to choose
-        seeds      n           in [0, 2**64)
-        positions  n           index in its sequence of the token to be chosen
-        banned     n           tokens that may not be chosen (min_tokens); None: none
+    def __init__(self, eos_token_ids: Seq[int] = ()) -> None:
+        self._eos_token_ids = tuple(eos_token_ids)
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled]:
+        """One token per row, or the error that says why there is none: logits that are NaN or
+        +inf, or no possible token. A row says nothing about the others.
+
+        logits     [n, vocab]  float32, written
+        sequences  n           how to choose, and what was chosen so far
         """
-        if banned is not None and any(banned):
-            logits = _without(logits, banned)
         # One max per row finds NaN and +inf (both win) and a row of -inf.
-        usable = torch.isfinite(logits.amax(dim=-1)).tolist()
-        tokens: list[int | None] = [None] * len(params)
-        greedy = [i for i, ok in enumerate(usable) if ok and params[i].greedy]
-        if greedy:
-            for i, token in zip(greedy, logits[greedy].argmax(dim=-1).tolist(), strict=True):
-                tokens[i] = token
-        random = [i for i, ok in enumerate(usable) if ok and not params[i].greedy]
-        if random:
-            chosen = _sample_rows(
-                logits[random],
-                [params[i] for i in random],
-                [uniform(seeds[i], positions[i]) for i in random],
-            )
-            for i, token in zip(random, chosen, strict=True):
-                tokens[i] = token
-        return tokens
+        given = logits.amax(dim=-1).tolist()
+        raw = _RawLogprobs(logits, sequences)
+        changed = process(logits, sequences, self._eos_token_ids)
+        left = logits.amax(dim=-1).tolist() if changed else given
+        tokens = _choose(logits, sequences, [math.isfinite(top) for top in left])
+        told = raw.of(tokens)
+        return [
+            Sampled(token, told.get(row))
+            if token is not None
+            else Sampled(None, error=_unusable(sequences[row], given[row]))
+            for row, token in enumerate(tokens)
+        ]
 
 
-def _without(logits: torch.Tensor, banned: Sequence[Sequence[int]]) -> torch.Tensor:
-    logits = logits.clone()
-    for row, tokens in enumerate(banned):
-        if tokens:
-            logits[row, list(tokens)] = -torch.inf
-    return logits
+class _RawLogprobs:
+    """The log-probabilities of the rows that want some, taken before the logits are processed."""
+
+    def __init__(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> None:
+        wanted = [s.request.params.logprobs for s in sequences]
+        self._rows = [row for row, count in enumerate(wanted) if count is not None]
+        self._top = [count for count in wanted if count is not None]
+        self._logprobs = log_softmax(logits[self._rows]) if self._rows else None
+
+    def of(self, tokens: Seq[int | None]) -> dict[int, TokenLogprobs | None]:
+        """By row; a row without a token has none that means anything."""
+        if self._logprobs is None:
+            return {}
+        chosen = [tokens[row] or 0 for row in self._rows]
+        return dict(zip(self._rows, describe(self._logprobs, chosen, self._top), strict=True))
+
+
+def _unusable(sequence: Sequence, top: float) -> BatonError:
+    """Why a row has no token; `top` is the largest of its logits before they were processed."""
+    position = len(sequence.token_ids)
+    if not math.isfinite(top):
+        return unusable_logits(position)
+    params = sequence.request.params
+    asked = ["bad_words"] * bool(params.bad_words) + ["min_tokens"] * bool(params.min_tokens)
+    return InvalidRequest(
+        f"{' and '.join(asked) or 'the penalties'} leave no token that could be generated at "
+        f"position {position}; allow at least one",
+        field=asked[0] if asked else None,
+    )
+
+
+def _choose(
+    logits: torch.Tensor, sequences: Seq[Sequence], possible: Seq[bool]
+) -> list[int | None]:
+    """A token for each row that has a possible one."""
+    tokens: list[int | None] = [None] * len(sequences)
+    params = [sequence.request.params for sequence in sequences]
+    greedy = [i for i, ok in enumerate(possible) if ok and params[i].greedy]
+    if greedy:
+        for i, token in zip(greedy, _rows(logits, greedy).argmax(dim=-1).tolist(), strict=True):
+            tokens[i] = token
+    random = [i for i, ok in enumerate(possible) if ok and not params[i].greedy]
+    if random:
+        chosen = _sample_rows(
+            _rows(logits, random),
+            [params[i] for i in random],
+            [uniform(sequences[i].seed, len(sequences[i].token_ids)) for i in random],
+        )
+        for i, token in zip(random, chosen, strict=True):
+            tokens[i] = token
+    return tokens
+
+
+def _rows(logits: torch.Tensor, rows: Seq[int]) -> torch.Tensor:
+    """These rows, copied only where they are not all of them."""
+    return logits if len(rows) == len(logits) else logits[rows]
 
 
 def _sample_rows(
-    logits: torch.Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]
+    logits: torch.Tensor, params: Seq[SamplingParams], uniforms: Seq[float]
 ) -> list[int]:
     """One token per row by the inverse of the filtered distribution's cumulative sum.
 

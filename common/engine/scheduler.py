@@ -12,7 +12,7 @@ Does no input or output and reads no clock: requests and time come in, plans and
 import bisect
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -20,9 +20,17 @@ import structlog
 from common.engine.blocks import BlockManager
 from common.engine.limits import SchedulerConfig, length_limit
 from common.engine.prefix import PrefixCache
-from common.engine.sequence import EngineRequest, Phase, RequestOutput, StepPlan
+from common.engine.prompt_rows import prompt_rows, within_rows
+from common.engine.sequence import (
+    EngineRequest,
+    Phase,
+    RequestOutput,
+    Sampled,
+    StepPlan,
+    TokenLogprobs,
+)
 from common.engine.sequence import Sequence as Seq
-from common.errors import BatonError, DeadlineExceeded, InvalidRequest, Overloaded
+from common.errors import DeadlineExceeded, InvalidRequest, Overloaded
 from common.kv.connector import KVConnector
 
 log = structlog.get_logger("scheduler")
@@ -30,6 +38,8 @@ log = structlog.get_logger("scheduler")
 # With others active, this part of the pool stays free of new prompts, so that those who run do not
 # preempt the newcomer at once for their next token.
 RESERVED_SHARE = 0.01
+
+_NOTHING: Mapping[Seq, tuple[TokenLogprobs, ...]] = {}
 
 COUNTERS = (
     "steps",
@@ -162,7 +172,7 @@ class Scheduler:
             return False
         self.counters["aborted"] += error is None
         if sequence is not None:
-            self._finish(sequence, reason, error)
+            self._finish(sequence, RequestOutput.of(sequence, reason, error))
             return True
         self._outputs.append(RequestOutput.of(entry.sequence, reason, error))
         entry.output = None
@@ -196,34 +206,43 @@ class Scheduler:
                 s.request.prefill_tokens is None and s.computed + count == s.target
                 for s, count in planned.items()
             ),
+            prompt_rows=prompt_rows(planned),
         )
 
     def update(
         self,
         plan: StepPlan,
-        sampled_tokens: Sequence[int | None],
+        sampled: Sequence[Sampled],
         failed_blocks: Iterable[int] = (),
+        prompt_logprobs: Mapping[Seq, tuple[TokenLogprobs, ...] | Exception] = _NOTHING,
     ) -> list[RequestOutput]:
         """Take the results of a step.
 
-        sampled_tokens  one per sampled sequence of the plan, in its order; None: its logits were
-                        not usable, which ends it in error
-        failed_blocks   blocks whose load, within the step or not, failed
+        sampled          one per sampled sequence of the plan, in its order; an error ends it
+        failed_blocks    blocks whose load, within the step or not, failed
+        prompt_logprobs  of the plan's prompt_rows, or the error that ends a sequence
         """
         self._failed_blocks.update(failed_blocks)
         spoiled = self._undo_failed_loads()
-        tokens = iter(sampled_tokens)
-        for sequence, count, sampled in zip(
+        results = iter(sampled)
+        for sequence, count, wanted in zip(
             plan.sequences, plan.scheduled, plan.sampled, strict=True
         ):
-            token = next(tokens) if sampled else None
+            result = next(results) if wanted else None
             sequence.scheduled = 0
             if sequence in spoiled:
                 continue
             sequence.computed += count
             self._prefixes.register(sequence)
-            if sampled:
-                self._take_token(sequence, token)
+            told = prompt_logprobs.get(sequence, ())
+            if isinstance(told, Exception):
+                self._finish(sequence, RequestOutput.of(sequence, "error", told))
+                continue
+            sequence.prompt_logprobs_told += len(told)
+            if result is not None:
+                self._take_token(sequence, result, told)
+            elif told:
+                self._outputs.append(RequestOutput.of(sequence, None, prompt_logprobs=told))
             elif sequence.request.prefill_tokens is not None:
                 self._finish_if_prefilled(sequence)
         return self.take_outputs()
@@ -242,6 +261,7 @@ class Scheduler:
         prefilling = [s for s in self._running if s.target - s.computed > 1]
         for sequence in itertools.chain(decoding, prefilling):
             count = min(budget, sequence.target - sequence.computed)
+            count = within_rows(sequence, sequence.computed, count, planned)
             if count <= 0 or sequence.phase is not Phase.RUNNING:
                 continue
             if self._grow(sequence, sequence.computed + count, planned):
@@ -290,6 +310,10 @@ class Scheduler:
             count = 0 if between_steps else min(budget, sequence.target - reached)
             if not between_steps and count <= 0 < sequence.target - reached:
                 return
+            if sequence.wants_prompt_logits:
+                count = within_rows(sequence, 0, count, planned)
+                if count <= 0:
+                    continue
             if not self._has_room(sequence, hits):
                 return
             self._start(sequence, hits, external, between_steps, now)
@@ -300,7 +324,7 @@ class Scheduler:
     def _ask_connector(self, sequence: Seq, num_hits: int) -> tuple[int | None, bool]:
         """Tokens that a connector can load beyond the hits, and whether between steps. Asked until
         a first admission: what failed or was preempted is computed here."""
-        if sequence.connector_asked:
+        if sequence.connector_asked or sequence.wants_prompt_logits:
             return 0, False
         computed = num_hits * self.config.block_size
         external, between_steps = self._connector.get_num_new_matched_tokens(sequence, computed)
@@ -428,21 +452,22 @@ class Scheduler:
         sending = [e.sequence for e in self._sending.values() if e.output is not None]
         return [*self._sequences.values(), *sending]
 
-    def _take_token(self, sequence: Seq, token: int | None) -> None:
+    def _take_token(
+        self, sequence: Seq, result: Sampled, prompt_logprobs: tuple[TokenLogprobs, ...]
+    ) -> None:
+        token = result.token
         if token is None:
-            error = BatonError(
-                f"the model gave no usable logits (NaN or infinite) at position "
-                f"{len(sequence.token_ids)}; its weights or this input overflow the compute dtype"
-            )
-            self._finish(sequence, "error", error)
+            self._finish(sequence, RequestOutput.of(sequence, "error", result.error))
             return
         sequence.token_ids.append(token)
         self.counters["generated_tokens"] += 1
         reason = self._finish_reason(sequence, token)
+        logprobs = () if result.logprobs is None else (result.logprobs,)
+        output = RequestOutput.of(sequence, reason, None, (token,), logprobs, prompt_logprobs)
         if reason is None:
-            self._outputs.append(RequestOutput.of(sequence, None, None, (token,)))
+            self._outputs.append(output)
         else:
-            self._finish(sequence, reason, None, (token,))
+            self._finish(sequence, output)
 
     def _finish_reason(self, sequence: Seq, token: int) -> str | None:
         if token in self.config.stop_tokens(sequence.request.params):
@@ -451,12 +476,11 @@ class Scheduler:
 
     def _finish_if_prefilled(self, sequence: Seq) -> None:
         if sequence.request.prefill_tokens is not None and sequence.computed >= sequence.target:
-            self._finish(sequence, "prefilled", None)
+            self._finish(sequence, RequestOutput.of(sequence, "prefilled"))
 
-    def _finish(
-        self, sequence: Seq, reason: str, error: Exception | None, tokens: tuple[int, ...] = ()
-    ) -> None:
-        """Take a sequence out of wherever it is; its blocks go when no connector reads them."""
+    def _finish(self, sequence: Seq, output: RequestOutput) -> None:
+        """Take a sequence out of wherever it is, with its last output; its blocks go when no
+        connector reads them."""
         request_id = sequence.request_id
         for queue in (self._running, self._waiting):
             if sequence in queue:
@@ -467,9 +491,8 @@ class Scheduler:
         sequence.phase = Phase.FINISHED
         self._finished_ids.add(request_id)
         self.counters["requests_finished"] += 1
-        output = RequestOutput.of(sequence, reason, error, tokens)
         if self._connector_keeps(sequence):
-            later = reason == "prefilled"  # told only when the KV has arrived
+            later = output.finish_reason == "prefilled"  # told only when the KV has arrived
             self._sending[request_id] = _Sending(sequence, output if later else None)
             if later:
                 return

@@ -2,9 +2,12 @@
 
 import enum
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from common.engine.logits import LogitState
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,7 +15,10 @@ class EngineRequest:
     """What a front hands to the engine.
 
     prompt_token_ids  at least one token, each in [0, vocab_size)
-    params            sampling; `stop` strings are the front's business
+    params            sampling; `stop`, `n` and texts in `bad_words` are the front's business
+    output_tokens     the last this-many of prompt_token_ids were generated before, on a worker
+                      that was lost: penalties, min_tokens, max_tokens and bad_words count them
+                      as output
     tenant            salt of the block keys: tenants share no prefix
     deadline          time.monotonic() seconds after which the request is ended; None: never
     prefill_tokens    compute KV of the first this-many tokens and end without sampling
@@ -30,6 +36,7 @@ class EngineRequest:
     prefill_tokens: int | None = None
     transfer: Any = None
     trace: Any = None
+    output_tokens: int = 0
 
 
 class Phase(enum.Enum):
@@ -52,6 +59,8 @@ class Sequence:
     registered    the first this-many blocks were offered to the prefix cache
     max_len       prompt and output together never get longer than this
     order         of arrival: who is preempted last
+    logit_state   kept by the sampler where the request's logits are processed
+    prompt_logprobs_told  tokens of the prompt, but the first, whose log-probabilities were told
     """
 
     request: EngineRequest
@@ -70,6 +79,8 @@ class Sequence:
     max_len: int = 0
     order: int = 0
     preemptions: int = 0
+    logit_state: "LogitState | None" = None
+    prompt_logprobs_told: int = 0
 
     @property
     def request_id(self) -> str:
@@ -77,7 +88,13 @@ class Sequence:
 
     @property
     def prompt_len(self) -> int:
+        """Tokens that the request came with."""
         return len(self.request.prompt_token_ids)
+
+    @property
+    def output_start(self) -> int:
+        """Index of the first output token, of another worker or of this one."""
+        return self.prompt_len - self.request.output_tokens
 
     @property
     def target(self) -> int:
@@ -87,19 +104,28 @@ class Sequence:
 
     @property
     def output_token_ids(self) -> list[int]:
-        return self.token_ids[self.prompt_len :]
+        return self.token_ids[self.output_start :]
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """Whether the prompt must be computed here, for the log-probabilities of its tokens."""
+        wanted = self.request.params.prompt_logprobs is not None
+        return wanted and self.prompt_logprobs_told < self.output_start - 1
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """What the scheduler decided for one step. `scheduled[i]` tokens of `sequences[i]`,
-    starting at `start[i]`; `sampled[i]` tells whether its last token's logits are sampled."""
+    starting at `start[i]`; `sampled[i]` tells whether its last token's logits are sampled, and
+    `prompt_rows[i]` the positions whose logits are wanted for the log-probability of the prompt's
+    next token (() when no sequence wants any)."""
 
     step: int
     sequences: tuple[Sequence, ...]
     start: tuple[int, ...]
     scheduled: tuple[int, ...]
     sampled: tuple[bool, ...]
+    prompt_rows: tuple[range, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -107,9 +133,32 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """What the model thought of a token: its natural log-probability and rank (1 is the
+    likeliest), and the likeliest tokens with theirs, best first."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What sampling gave one sequence: a token, or the error that says why there is none."""
+
+    token: int | None
+    logprobs: TokenLogprobs | None = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RequestOutput:
     """One request's share of a step. `finish_reason` is one of stop, length, cancelled, error,
-    prefilled (a prefill worker's request whose KV is computed and handed over)."""
+    prefilled (a prefill worker's request whose KV is computed and handed over). `logprobs`, where
+    asked for, are those of `token_ids`; `prompt_logprobs` those of the next tokens of the prompt,
+    from its second one on."""
 
     request_id: str
     token_ids: tuple[int, ...] = ()
@@ -118,14 +167,18 @@ class RequestOutput:
     cached_tokens: int = 0
     computed_tokens: int = 0
     trace: Any = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     @classmethod
     def of(
         cls,
         sequence: Sequence,
-        finish_reason: str | None,
+        finish_reason: str | None = None,
         error: Exception | None = None,
         token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] = (),
+        prompt_logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> "RequestOutput":
         """What is told of a sequence now; `computed_tokens` are those of the prompt."""
         wanted = sequence.request.prefill_tokens
@@ -138,4 +191,6 @@ class RequestOutput:
             cached_tokens=sequence.cached_tokens,
             computed_tokens=max(0, min(sequence.computed, prompt) - sequence.cached_tokens),
             trace=sequence.request.trace,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )

@@ -38,7 +38,7 @@ def _table_of(tokenizer: Tokenizer) -> _TokenTable:
 
 
 @lru_cache(maxsize=1)
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """GPT-2's printable name of each byte (Radford et al. 2019): the printable bytes of Latin-1
     name themselves, the others are counted up from 256."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
@@ -65,7 +65,7 @@ class _ByteLevelDecoder:
 
     def _bytes_of(self, token: int) -> bytes:
         name = self._tokenizer.id_to_token(token) or ""
-        alphabet = _byte_alphabet()
+        alphabet = byte_alphabet()
         try:
             return bytes([alphabet[char] for char in name])
         except KeyError:  # an added token is plain text
@@ -84,7 +84,7 @@ class _WindowDecoder:
         self._held: list[int] = []
 
     def push(self, token: int) -> str:
-        byte = _fallback_byte(self._tokenizer.id_to_token(token))
+        byte = fallback_byte(self._tokenizer.id_to_token(token))
         if byte is not None:
             text = self._take_held() + self._utf8.decode(bytes([byte]))
             self._context = [token]
@@ -121,7 +121,8 @@ class _WindowDecoder:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def _fallback_byte(name: str | None) -> int | None:
+def fallback_byte(name: str | None) -> int | None:
+    """The byte that SentencePiece's byte token `<0xE2>` stands for; None for other names."""
     if name is None or len(name) != 6 or not name.startswith("<0x") or name[5] != ">":
         return None
     try:

@@ -8,7 +8,7 @@ from common.engine.blocks import BlockManager
 from common.engine.limits import SchedulerConfig
 from common.engine.sampling_params import SamplingParams
 from common.engine.scheduler import Scheduler
-from common.engine.sequence import EngineRequest
+from common.engine.sequence import EngineRequest, Sampled
 from common.kv.connector import KVConnector
 
 VOCAB = 1000
@@ -84,7 +84,10 @@ class PretendEngine:
                 self.verify(sequence, start + count)
             if wanted:
                 assert start + count == len(sequence.token_ids)
-                sampled.append(self.model(sequence.token_ids))
+                token = self.model(sequence.token_ids)
+                sampled.append(
+                    Sampled(token, error=ValueError("bad logits") if token is None else None)
+                )
         self.take(self.scheduler.update(plan, sampled, failed_blocks))
         self.scheduler.check()
         return plan

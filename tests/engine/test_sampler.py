@@ -1,11 +1,12 @@
 import math
-import random
 
 import pytest
 import torch
 
 from common.engine.sampler import Sampler, philox, uniform
 from common.engine.sampling_params import SamplingParams
+from common.errors import InvalidRequest
+from tests.engine.rows import row, tokens_of
 
 VOCAB = 50
 
@@ -91,64 +92,55 @@ def test_random_numbers_are_uniform_and_differ_by_seed_and_position():
 def test_tokens_are_those_of_a_plain_implementation(params):
     logits = logits_of(200)
     seeds = [7 * row for row in range(200)]
-    positions = list(range(200))
-    tokens = Sampler().sample(logits, [params] * 200, seeds, positions)
+    positions = [1 + index for index in range(200)]
     rows = logits.double().tolist()
+    sequences = [row(params, [0] * positions[i], seed=seeds[i]) for i in range(200)]
+    tokens = tokens_of(Sampler().sample(logits, sequences))
     assert tokens == [
         expected_token(rows[i], params, uniform(seeds[i], positions[i])) for i in range(200)
     ]
 
 
-def test_a_rows_token_does_not_depend_on_the_other_rows():
-    rng = random.Random(1)
-    rows = 64
-    logits = logits_of(rows, seed=2)
-    params = [
-        SamplingParams(
-            temperature=rng.choice([0, 0.5, 1.0, 1.7]),
-            top_k=rng.choice([0, 3, 10]),
-            top_p=rng.choice([1.0, 0.8, 0.3]),
-            min_p=rng.choice([0.0, 0.05]),
-        )
-        for _ in range(rows)
-    ]
-    seeds = [rng.getrandbits(64) for _ in range(rows)]
-    positions = [rng.randrange(1000) for _ in range(rows)]
-    sampler = Sampler()
-    together = sampler.sample(logits, params, seeds, positions)
-    for i in range(rows):
-        alone = sampler.sample(logits[i : i + 1], [params[i]], [seeds[i]], [positions[i]])
-        assert alone == [together[i]]
-
-
 def test_frequencies_follow_the_probabilities():
-    logits = torch.tensor([[0.0, math.log(2), math.log(3), -torch.inf]]).repeat(6000, 1)
-    params = [SamplingParams(temperature=1)] * 6000
-    tokens = Sampler().sample(logits, params, [11] * 6000, list(range(6000)))
-    shares = [tokens.count(token) / 6000 for token in range(4)]
-    assert shares == pytest.approx([1 / 6, 2 / 6, 3 / 6, 0], abs=0.02)
+    logits = torch.tensor([[0.0, math.log(2), math.log(3), -torch.inf]]).repeat(2000, 1)
+    sequences = [row(SamplingParams(temperature=1), [0], seed=i) for i in range(2000)]
+    tokens = tokens_of(Sampler().sample(logits, sequences))
+    shares = [tokens.count(token) / 2000 for token in range(4)]
+    assert shares == pytest.approx([1 / 6, 2 / 6, 3 / 6, 0], abs=0.03)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_row_that_is_not_finite_spoils_no_other(bad):
+def test_a_row_that_is_not_finite_ends_in_an_error_and_spoils_no_other(bad):
+    params = [
+        SamplingParams(temperature=temperature, frequency_penalty=1.0, logprobs=2)
+        for temperature in (0, 1, 0, 1)
+    ]
+    sequences = [row(p, [1, 2], [3, 3], seed=i) for i, p in enumerate(params)]
+    good = Sampler().sample(logits_of(4), sequences)
     logits = logits_of(4)
-    params = [SamplingParams(temperature=t) for t in (0, 1, 0, 1)]
-    good = Sampler().sample(logits, params, [1, 2, 3, 4], [5, 6, 7, 8])
     logits[2, 10] = bad
     logits[3, 0] = bad
-    assert Sampler().sample(logits, params, [1, 2, 3, 4], [5, 6, 7, 8]) == [*good[:2], None, None]
+    found = Sampler().sample(logits, sequences)
+    assert found[:2] == good[:2]
+    assert [result.token for result in found[2:]] == [None, None]
+    assert all("position 4" in str(result.error) for result in found[2:])
 
 
 def test_a_row_without_a_possible_token_has_none():
-    logits = torch.full((1, VOCAB), -torch.inf)
-    assert Sampler().sample(logits, [SamplingParams()], [0], [0]) == [None]
+    (result,) = Sampler().sample(torch.full((1, VOCAB), -torch.inf), [row(SamplingParams())])
+    assert result.token is None
+    assert "no usable logits" in str(result.error)
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_banned_tokens_are_not_chosen_and_the_logits_are_not_written(temperature):
-    logits = torch.tensor([[9.0, 8.0, 1.0], [9.0, 8.0, 1.0]])
-    before = logits.clone()
-    params = [SamplingParams(temperature=temperature, top_k=1)] * 2
-    tokens = Sampler().sample(logits, params, [1, 1], [1, 1], [(0,), ()])
-    assert tokens == [1, 0]
-    assert torch.equal(logits, before)
+def test_a_request_that_bans_every_token_ends_in_an_error_that_names_the_cause(temperature):
+    everything = SamplingParams(
+        temperature=temperature, bad_words=tuple((token,) for token in range(VOCAB))
+    )
+    free = SamplingParams(temperature=temperature)
+    sequences = [row(everything), row(free)]
+    banned, other = Sampler().sample(logits_of(2), sequences)
+    assert isinstance(banned.error, InvalidRequest)
+    assert banned.error.field == "bad_words"
+    assert other == Sampler().sample(logits_of(2)[1:], [row(free)])[0]
+    assert other.token is not None

@@ -180,7 +180,7 @@ def test_a_request_that_could_never_fit_is_refused_with_the_numbers():
         ([5, -1], {}, "token 1 of the prompt is -1", "prompt"),
         ([1.5], {}, "not an integer", "prompt"),
         ([1] * 200, {}, "has 200 tokens; the model's context of 200", "prompt"),
-        ([1], {"stop_token_ids": (1000,)}, "stop_token_ids names 1000", "stop_token_ids"),
+        ([1], {"stop_token_ids": (1000,)}, "stop_token_ids names the token 1000", "stop_token_ids"),
         ([1], {"prefill": 2}, "prefill_tokens is 2", "prefill_tokens"),
     ],
 )

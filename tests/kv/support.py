@@ -19,7 +19,7 @@ from common.engine.blocks import BlockManager
 from common.engine.limits import SchedulerConfig
 from common.engine.sampling_params import SamplingParams
 from common.engine.scheduler import Scheduler
-from common.engine.sequence import EngineRequest, RequestOutput, Sequence, StepPlan
+from common.engine.sequence import EngineRequest, RequestOutput, Sampled, Sequence, StepPlan
 from common.kv.connector import KVCaches, KVConnector
 from common.kv.connectors.handoff import HandoffSender
 from common.kv.handoff import HandoffTarget
@@ -99,7 +99,7 @@ class Worker:
                 self._check_past(sequence, start)
                 self._compute(sequence, start, count)
             self.connector.wait_for_save()
-            self._keep(self.scheduler.update(plan, [1] * sum(plan.sampled)))
+            self._keep(self.scheduler.update(plan, [Sampled(1)] * sum(plan.sampled)))
         else:
             self._keep(self.scheduler.take_outputs())
         self.scheduler.check()

@@ -2,62 +2,55 @@
 
 import itertools
 import queue
+import time
 import weakref
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from tqdm.auto import tqdm
 
+from baton.outputs import CompletionOutput, Logprob, RequestOutput, logprob_dict
 from common.engine import sequence as engine_sequence
 from common.engine.config import EngineConfig
 from common.engine.engine import Engine
-from common.engine.sampling_params import SamplingParams
+from common.engine.sampling_params import SamplingParams, choice_seed
 from common.engine.sequence import EngineRequest
 from common.errors import CheckpointError, InvalidRequest
 from common.text.detokenizer import IncrementalDecoder
 from common.text.template import ChatTemplate
+from common.text.vocabulary import bad_word_ids
 
 Prompt = str | Mapping[str, Any]
 
-# Offline, prompts wait in this process anyway.
-MAX_WAITING = 2**20
+# Requests in the engine beyond those that run: the next ones are at hand when one ends.
+QUEUED = 16
 
 
 @dataclass(slots=True)
-class CompletionOutput:
-    """One answer. `stop_reason` is the stop string or the token of stop_token_ids that ended it,
-    None for the model's own end-of-sequence token; `finish_reason` is stop or length."""
+class _Asked:
+    """A prompt of a call, before and while it runs: `offset` is the number of answers that the
+    call's earlier prompts have."""
 
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-
-
-@dataclass(slots=True)
-class RequestOutput:
-    """A prompt and its answer. `prompt` is None when token ids were given."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    num_cached_tokens: int = 0
-    finished: bool = True
+    output: RequestOutput
+    params: SamplingParams
+    offset: int
 
 
 @dataclass(slots=True)
 class _Running:
-    """A request under way. After a stop string it is `closed`: later tokens are dropped."""
+    """An answer under way. After a stop string it is `closed`: later tokens are dropped. `others`
+    of the same prompt wait for its first token, as they begin with the KV of its prompt."""
 
-    output: RequestOutput
-    params: SamplingParams
-    decoder: IncrementalDecoder | None
+    asked: _Asked
+    completion: CompletionOutput
+    decoder: IncrementalDecoder | None = None
     pieces: list[str] = field(default_factory=list)
     closed: bool = False
+    others: list[CompletionOutput] = field(default_factory=list)
 
 
 class LLM:
@@ -70,8 +63,8 @@ class LLM:
     max_model_len     most tokens of a sequence; None: the model's limit, or what the cache holds
     num_blocks        KV blocks (num_gpu_blocks_override is vLLM's name for it); None: from
                       kv_cache_bytes
-    seed              of requests that have none: request i of a call gets seed + i, so that a call
-                      can be repeated; None: drawn at random
+    seed              of requests that have none: answer i of a call, counted over its prompts, gets
+                      seed + i, so that a call can be repeated; None: drawn at random
     threads           torch threads; None: torch's choice
     tensor_parallel_size  processes that compute together, this one among them
 
@@ -110,7 +103,8 @@ class LLM:
             kv_cache_bytes=kv_cache_bytes,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            max_waiting=MAX_WAITING,
+            # What an interrupted call left may still be on its way out.
+            max_waiting=min(max_num_seqs + 2 * QUEUED, 2**20),
             prefix_caching=enable_prefix_caching,
             device=device,
             kernels=kernels,
@@ -142,18 +136,31 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Completes prompts; the results are in their order.
 
-        prompts          texts or {"prompt_token_ids": [...]}, one or a list
+        prompts          texts or {"prompt_token_ids": [...]}, one or a list, of any length: the
+                         engine holds max_num_seqs of them and a few more at a time
         sampling_params  one for all, or one for each
+        use_tqdm         show a progress bar on stderr
 
-        Raises InvalidRequest before anything runs when one of them cannot be served.
+        Raises InvalidRequest before anything runs when one of them cannot be served, and for one
+        whose parameters turn out to leave no token to generate.
         """
         several = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
         params = self._params_for(several, sampling_params)
-        runs = [self._prepare(p, prm) for p, prm in zip(several, params, strict=True)]
-        return self._run(runs)
+        offsets = itertools.accumulate((p.n for p in params), initial=0)
+        asked = [
+            self._prepare(prompt, wanted, offset)
+            for prompt, wanted, offset in zip(several, params, offsets, strict=False)
+        ]
+        with tqdm(
+            total=len(asked), desc="prompts", unit="", dynamic_ncols=True, disable=not use_tqdm
+        ) as bar:
+            self._run(asked, bar)
+        return [one.output for one in asked]
 
     def chat(
         self,
@@ -162,6 +169,7 @@ class LLM:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answers one conversation, a list of {"role", "content"}, or a list of conversations."""
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
@@ -177,7 +185,7 @@ class LLM:
             text = self.chat_template.render(conversation, add_generation_prompt, tools)
             encoding = tokenizer.encode(text, add_special_tokens=ChatTemplate.add_special_tokens)
             prompts.append({"prompt": text, "prompt_token_ids": encoding.ids})
-        return self.generate(prompts, sampling_params)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     # One call ------------------------------------------------------------------------------
 
@@ -195,7 +203,8 @@ class LLM:
             )
         return list(given)
 
-    def _prepare(self, prompt: Prompt, params: SamplingParams) -> _Running:
+    def _prepare(self, prompt: Prompt, params: SamplingParams, offset: int) -> _Asked:
+        """Everything that can be wrong with a prompt is seen here."""
         text, ids = self._encode(prompt)
         if params.stop and self.tokenizer is None:
             raise InvalidRequest(
@@ -203,12 +212,20 @@ class LLM:
                 "stop_token_ids",
                 field="stop",
             )
-        decoder = None
-        if self.tokenizer is not None:
-            decoder = IncrementalDecoder(self.tokenizer, ids, stop=params.stop)
-        request_id = str(next(self._ids))
-        output = RequestOutput(request_id, text, ids, [CompletionOutput(0, "", [])])
-        return _Running(output, params, decoder)
+        if params.bad_words:
+            params = replace(params, bad_words=bad_word_ids(self.tokenizer, params.bad_words))
+        told = None if params.prompt_logprobs is None else [None]
+        asked = _Asked(
+            RequestOutput(str(next(self._ids)), text, ids, prompt_logprobs=told), params, offset
+        )
+        asked.output.outputs += [self._completion(index, params) for index in range(params.n)]
+        self.engine.check(self._request(asked, 0))
+        return asked
+
+    def _completion(self, index: int, params: SamplingParams) -> CompletionOutput:
+        if params.logprobs is None:
+            return CompletionOutput(index, "", [])
+        return CompletionOutput(index, "", [], logprobs=[], cumulative_logprob=0.0)
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
@@ -236,77 +253,138 @@ class LLM:
             )
         return self.tokenizer
 
-    def _run(self, runs: list[_Running]) -> list[RequestOutput]:
-        """Submit all and collect until each has ended. Interrupted, it leaves nothing behind."""
-        open_runs: dict[str, _Running] = {}
+    def _run(self, asked: list[_Asked], bar: tqdm) -> None:
+        """Have the engine answer all, so many at a time. Interrupted, it leaves nothing behind."""
+        waiting = deque((one, one.output.outputs[0]) for one in asked)
+        running: dict[str, _Running] = {}
+        speed = _Speed(bar)
         try:
-            for index, run in enumerate(runs):
-                open_runs[run.output.request_id] = run
-                self.engine.submit(self._request(run, index))
-            while open_runs:
+            while waiting or running:
+                while waiting and len(running) < self.config.max_num_seqs + QUEUED:
+                    one, completion = waiting.popleft()
+                    request = self._request(one, completion.index)
+                    running[request.request_id] = self._start(one, completion)
+                    self.engine.submit(request)
                 for output in self._steps.get():
-                    run = open_runs.get(output.request_id)
-                    if run is not None:
-                        self._take(run, output)
-                        if output.finish_reason is not None:
-                            del open_runs[output.request_id]
+                    run = running.get(output.request_id)
+                    if run is None:
+                        continue
+                    self._take(run, output)
+                    if run.completion.token_ids:
+                        waiting.extendleft((run.asked, other) for other in reversed(run.others))
+                        run.others = []
+                    if output.finish_reason is not None:
+                        del running[output.request_id]
+                        speed.ended(run)
         finally:
             # Outputs of what is aborted here come in a later call, which knows no such id.
-            for request_id in open_runs:
+            for request_id in running:
                 self.engine.abort(request_id)
-        return [run.output for run in runs]
 
-    def _request(self, run: _Running, index: int) -> EngineRequest:
-        params = run.params
-        if params.seed is None and self.seed is not None:
-            params = replace(params, seed=(self.seed + index) % 2**64)
-        return EngineRequest(run.output.request_id, run.output.prompt_token_ids, params)
+    def _start(self, asked: _Asked, completion: CompletionOutput) -> _Running:
+        run = _Running(asked, completion)
+        if completion.index == 0:
+            run.others = asked.output.outputs[1:]
+        if self.tokenizer is not None:
+            ids, stop = asked.output.prompt_token_ids, asked.params.stop
+            run.decoder = IncrementalDecoder(self.tokenizer, ids, stop=stop)
+        return run
+
+    def _request(self, asked: _Asked, index: int) -> EngineRequest:
+        params = asked.params
+        seed = params.seed
+        if seed is None and self.seed is not None:
+            seed = choice_seed(self.seed, asked.offset)
+        params = replace(
+            params,
+            n=1,
+            seed=None if seed is None else choice_seed(seed, index),
+            prompt_logprobs=params.prompt_logprobs if index == 0 else None,
+        )
+        request_id = f"{asked.output.request_id}-{index}"
+        return EngineRequest(request_id, asked.output.prompt_token_ids, params)
 
     def _take(self, run: _Running, output: engine_sequence.RequestOutput) -> None:
         if output.error is not None:
             raise output.error
-        run.output.num_cached_tokens = output.cached_tokens
+        result = run.asked.output
+        if run.completion.index == 0:
+            result.num_cached_tokens = output.cached_tokens
+        if result.prompt_logprobs is not None:
+            told = output.prompt_logprobs
+            result.prompt_logprobs += [logprob_dict(t, self.tokenizer) for t in told]
         if run.closed:
             return
-        completion = run.output.outputs[0]
-        stop_token = None
-        if output.finish_reason == "stop":
-            stop_token = output.token_ids[-1]
-        self._take_tokens(run, output.token_ids, stop_token)
+        stop_token = output.token_ids[-1] if output.finish_reason == "stop" else None
+        self._take_tokens(run, output, stop_token)
         if run.closed:
             if output.finish_reason is None:
                 self.engine.abort(output.request_id)
             return
         if output.finish_reason is not None:
-            completion.finish_reason = output.finish_reason
-            if stop_token in run.params.stop_token_ids:
-                completion.stop_reason = stop_token
-            self._close_text(run)
+            run.completion.finish_reason = output.finish_reason
+            if stop_token in run.asked.params.stop_token_ids:
+                run.completion.stop_reason = stop_token
+            _close_text(run)
 
-    def _take_tokens(self, run: _Running, token_ids: Sequence[int], stop_token: int | None) -> None:
+    def _take_tokens(
+        self, run: _Running, output: engine_sequence.RequestOutput, stop_token: int | None
+    ) -> None:
         """Tokens to text, up to a stop string. The token that ends a sequence has no text."""
-        completion = run.output.outputs[0]
-        for index, token in enumerate(token_ids):
+        completion = run.completion
+        for index, token in enumerate(output.token_ids):
             completion.token_ids.append(token)
-            last = index == len(token_ids) - 1
+            if completion.logprobs is not None:
+                told = output.logprobs[index]
+                completion.logprobs.append(logprob_dict(told, self.tokenizer))
+                completion.cumulative_logprob += told.logprob
+            last = index == len(output.token_ids) - 1
             if run.decoder is None or (last and stop_token is not None):
                 continue
             run.pieces.append(run.decoder.push((token,)))
             if run.decoder.stopped is not None:
-                completion.finish_reason = "stop"
-                completion.stop_reason = run.decoder.stopped
+                _stop(run)
                 completion.text = "".join(run.pieces)
                 run.closed = True
                 return
 
-    def _close_text(self, run: _Running) -> None:
-        completion = run.output.outputs[0]
-        if run.decoder is not None:
-            run.pieces.append(run.decoder.flush())
-            if run.decoder.stopped is not None:
-                completion.finish_reason = "stop"
-                completion.stop_reason = run.decoder.stopped
-        completion.text = "".join(run.pieces)
+
+def _close_text(run: _Running) -> None:
+    if run.decoder is not None:
+        run.pieces.append(run.decoder.flush())
+        if run.decoder.stopped is not None:
+            _stop(run)
+    run.completion.text = "".join(run.pieces)
+
+
+def _stop(run: _Running) -> None:
+    run.completion.finish_reason = "stop"
+    run.completion.stop_reason = run.decoder.stopped if run.decoder is not None else None
+
+
+class _Speed:
+    """Tokens of ended answers over the time since the start, in a progress bar of prompts."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self._bar = bar
+        self._began = time.monotonic()
+        self._input = self._output = 0
+        self._left: dict[str, int] = {}
+
+    def ended(self, run: _Running) -> None:
+        result = run.asked.output
+        left = self._left.pop(result.request_id, len(result.outputs)) - 1
+        self._output += len(run.completion.token_ids)
+        if left:
+            self._left[result.request_id] = left
+            return
+        self._input += len(result.prompt_token_ids)
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        self._bar.set_postfix_str(
+            f"{self._input / seconds:.0f} input, {self._output / seconds:.0f} output tokens/s",
+            refresh=False,
+        )
+        self._bar.update()
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
@@ -328,4 +406,4 @@ def _encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text).ids
 
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"]

@@ -139,7 +139,7 @@ def engine_answerer(model: Path, dtype: str) -> Answerer:
     def answer(questions: Sequence[Question]) -> list[str]:
         prompts = [{"prompt_token_ids": encode(question)} for question in questions]
         params = SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS)
-        return [output.outputs[0].text for output in llm.generate(prompts, params)]
+        return [output.outputs[0].text for output in llm.generate(prompts, params, use_tqdm=False)]
 
     return answer
 

@@ -207,6 +207,7 @@ class Scheduler:
                 for s, count in planned.items()
             ),
             prompt_rows=prompt_rows(planned),
+            loading=frozenset(self._loading_now),
         )
 
     def update(

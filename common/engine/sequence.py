@@ -118,7 +118,9 @@ class StepPlan:
     """What the scheduler decided for one step. `scheduled[i]` tokens of `sequences[i]`,
     starting at `start[i]`; `sampled[i]` tells whether its last token's logits are sampled, and
     `prompt_rows[i]` the positions whose logits are wanted for the log-probability of the prompt's
-    next token (() when no sequence wants any)."""
+    next token (() when no sequence wants any). Of the requests in `loading` a connector loads KV
+    within the step: until it ends, neither what is loaded nor what is computed on it is known to
+    be good."""
 
     step: int
     sequences: tuple[Sequence, ...]
@@ -126,6 +128,7 @@ class StepPlan:
     scheduled: tuple[int, ...]
     sampled: tuple[bool, ...]
     prompt_rows: tuple[range, ...] = ()
+    loading: frozenset[str] = frozenset()
 
     @property
     def num_tokens(self) -> int:

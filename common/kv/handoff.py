@@ -1,17 +1,20 @@
 """A handoff of KV, decided without input or output: what is wanted, what may be written where.
 
-The decode worker opens a handoff for the blocks it lacks; a prefill worker sends them. Each
-frame names the handoff, the decode worker's incarnation and the attempt (generation). The table
-answers with the page that the frame may be written to, or with the reason why it is dropped. A
-page is given out only while its handoff is open, so a frame that comes late finds no page: fencing
-by construction. Time is passed in, in seconds of one monotonic clock.
+The decode worker opens a handoff for the blocks it lacks; a prefill worker sends them, some layers
+of some blocks a frame. Each frame names the handoff, the decode worker's incarnation and the
+attempt (generation). The table answers with the pages that the frame may be written to, or with the
+reason why it is dropped. Pages are given out only while their handoff is open, so a frame that
+comes late finds no page: fencing by construction. What has landed is known by layer and block, so
+that a frame that comes twice, in pieces of another size or out of order counts once. Time is passed
+in, in seconds of one monotonic clock.
 """
 
 import enum
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from common.errors import HandoffError
+from common.kv.layout import KVLayout
 from common.kv.wire import Block, BlockRange, Envelope, incarnation_digest
 
 # Handoffs remembered after their end, only to count late frames under the right name.
@@ -88,7 +91,7 @@ class Verdict(enum.IntEnum):
 
     @property
     def harmless(self) -> bool:
-        """The receiver has the block, from this frame or another: the sender goes on."""
+        """The receiver has the blocks, from this frame or another: the sender goes on."""
         return self <= Verdict.AFTER_COMPLETE
 
 
@@ -105,10 +108,15 @@ class WantedBlock:
 
 @dataclass(frozen=True, slots=True)
 class Accept:
-    """Write the frame's payload to page `block_id`; `complete` when it was the last one."""
+    """Write the frame's payload to pages `block_ids`.
+
+    completed  blocks of which all layers are there now, and were not before
+    complete   no block of the handoff is missing any more
+    """
 
     handoff_id: bytes
-    block_id: int
+    block_ids: tuple[int, ...]
+    completed: tuple[WantedBlock, ...]
     complete: bool
 
 
@@ -131,33 +139,43 @@ class Overdue:
 
 @dataclass(slots=True)
 class _Open:
+    """An open handoff. `wanted` and `landed` (a bit for each layer) go by logical block index;
+    `left` blocks lack a layer; `highest` is the last frame's number in this attempt."""
+
     generation: int
     total: int
-    missing: dict[int, WantedBlock]
+    wanted: dict[int, WantedBlock]
+    landed: dict[int, int]
+    left: int
     lease_end: float
     last_frame: float
     overdue: bool = False
-    landed: set[int] = field(default_factory=set)
+    highest: int = -1
+
+    def missing(self, all_layers: int) -> list[WantedBlock]:
+        return [self.wanted[i] for i in sorted(self.wanted) if self.landed[i] != all_layers]
 
 
 class HandoffTable:
     """The live handoffs of one decode worker. Used from one thread.
 
     incarnation      this process's; a frame for an earlier process is dropped
-    range            the part of a block that every frame must hold
-    payload_bytes    the size that every payload must have
+    layout           of the worker's blocks
+    stall_timeout_s  longest wait for a frame that brings something
+
+    `dropped` counts frames by verdict; `reordered` those that were taken though a later one of
+    the same attempt had come before them.
     """
 
-    def __init__(
-        self, incarnation: str, range: BlockRange, payload_bytes: int, stall_timeout_s: float
-    ) -> None:
+    def __init__(self, incarnation: str, layout: KVLayout, stall_timeout_s: float) -> None:
         self._incarnation = incarnation_digest(incarnation)
-        self._range = range
-        self._payload_bytes = payload_bytes
+        self._layout = layout
+        self._all_layers = (1 << layout.num_layers) - 1
         self._stall_timeout_s = stall_timeout_s
         self._open: dict[bytes, _Open] = {}
         self._ended: OrderedDict[bytes, Verdict] = OrderedDict()
         self.dropped: dict[Verdict, int] = {}
+        self.reordered = 0
 
     def __len__(self) -> int:
         return len(self._open)
@@ -173,8 +191,9 @@ class HandoffTable:
             raise HandoffError(f"handoff {handoff_id.hex()} was opened before; ids are used once")
         if not wanted:
             raise HandoffError(f"handoff {handoff_id.hex()} wants no block")
-        missing = {block.index: block for block in wanted}
-        self._open[handoff_id] = _Open(1, total, missing, lease_end, now)
+        blocks = {block.index: block for block in wanted}
+        landed = dict.fromkeys(blocks, 0)
+        self._open[handoff_id] = _Open(1, total, blocks, landed, len(blocks), lease_end, now)
         return 1
 
     def retry(self, handoff_id: bytes, lease_end: float, now: float) -> int:
@@ -182,21 +201,31 @@ class HandoffTable:
         entry = self._open[handoff_id]
         entry.generation += 1
         entry.lease_end, entry.last_frame, entry.overdue = lease_end, now, False
+        entry.highest = -1
         return entry.generation
 
     def on_frame(self, envelope: Envelope, block: Block, now: float) -> Accept | Drop:
-        """Decide about one whole frame. The caller writes the page before anything else happens."""
+        """Decide about one whole frame. The caller writes the pages before all else."""
         entry = self._open.get(envelope.handoff_id)
         verdict = self._judge(envelope, block, entry, now)
         if verdict is not Verdict.ACCEPTED or entry is None:
             return self.drop(verdict)
-        wanted = entry.missing.pop(envelope.block_index)
-        entry.landed.add(envelope.block_index)
         entry.last_frame = now
-        complete = not entry.missing
+        self.reordered += envelope.number < entry.highest
+        entry.highest = max(entry.highest, envelope.number)
+        layers = _bits(block.range)
+        completed = []
+        for index in _indices(envelope):
+            before = entry.landed[index]
+            entry.landed[index] = before | layers
+            if before != self._all_layers == before | layers:
+                completed.append(entry.wanted[index])
+        entry.left -= len(completed)
+        complete = entry.left == 0
         if complete:
             self._end(envelope.handoff_id, Verdict.AFTER_COMPLETE)
-        return Accept(envelope.handoff_id, wanted.block_id, complete)
+        pages = tuple(entry.wanted[index].block_id for index in _indices(envelope))
+        return Accept(envelope.handoff_id, pages, tuple(completed), complete)
 
     def _judge(self, envelope: Envelope, block: Block, entry: _Open | None, now: float) -> Verdict:
         if envelope.incarnation != self._incarnation:
@@ -207,18 +236,29 @@ class HandoffTable:
             return Verdict.OLD_GENERATION
         if entry.overdue or now >= entry.lease_end:
             return Verdict.EXPIRED
-        if envelope.block_index in entry.landed:
+        if not self._matches(envelope, block, entry):
+            return Verdict.WRONG_BLOCK
+        layers = _bits(block.range)
+        if all(entry.landed[index] & layers == layers for index in _indices(envelope)):
             return Verdict.DUPLICATE
-        wanted = entry.missing.get(envelope.block_index)
-        matches = (
-            wanted is not None
-            and envelope.total == entry.total
-            and block.key == wanted.key
-            and block.token_count == wanted.token_count
-            and block.range == self._range
-            and len(block.payload) == self._payload_bytes
+        return Verdict.ACCEPTED
+
+    def _matches(self, envelope: Envelope, block: Block, entry: _Open) -> bool:
+        """Whether the frame holds whole layers of blocks that are wanted, of the right tokens."""
+        range_, layout = block.range, self._layout
+        # Each index of a frame must be wanted, so more blocks than that need not be looked at.
+        if not 0 < envelope.num_blocks <= len(entry.wanted) or envelope.total != entry.total:
+            return False
+        if not all(index in entry.wanted for index in _indices(envelope)):
+            return False
+        last = entry.wanted[envelope.first_block + envelope.num_blocks - 1]
+        return (
+            (block.key, block.token_count) == (last.key, last.token_count)
+            and (range_.head_start, range_.head_count) == (0, layout.num_kv_heads)
+            and range_.layer_count > 0
+            and range_.layer_start + range_.layer_count <= layout.num_layers
+            and len(block.payload) == envelope.num_blocks * range_.layer_count * layout.layer_bytes
         )
-        return Verdict.ACCEPTED if matches else Verdict.WRONG_BLOCK
 
     def drop(self, verdict: Verdict) -> Drop:
         """Count a frame that is not used, also one that could not even be decoded."""
@@ -226,12 +266,12 @@ class HandoffTable:
         return Drop(verdict)
 
     def missing(self, handoff_id: bytes) -> list[WantedBlock]:
-        """Blocks that have not landed, in the order of the sequence; none once it ended."""
+        """Blocks that lack a layer, in the order of the sequence; none once the handoff ended."""
         entry = self._open.get(handoff_id)
-        return [] if entry is None else [entry.missing[i] for i in sorted(entry.missing)]
+        return [] if entry is None else entry.missing(self._all_layers)
 
     def fail(self, handoff_id: bytes) -> list[WantedBlock]:
-        """Give up; returns the blocks that did not land."""
+        """Give up; returns the blocks that lack a layer."""
         missing = self.missing(handoff_id)
         self._end(handoff_id, Verdict.AFTER_FAILURE)
         return missing
@@ -250,7 +290,7 @@ class HandoffTable:
             if now >= entry.lease_end:
                 reason = "its lease ended"
             elif now - entry.last_frame >= self._stall_timeout_s:
-                reason = f"no block came for {self._stall_timeout_s:g} s"
+                reason = f"no KV came for {self._stall_timeout_s:g} s"
             if reason:
                 entry.overdue = True
                 overdue.append(Overdue(handoff_id, entry.generation, reason))
@@ -263,3 +303,12 @@ class HandoffTable:
         if len(self._ended) > REMEMBERED_HANDOFFS:
             self._ended.popitem(last=False)
         return True
+
+
+def _indices(envelope: Envelope) -> range:
+    return range(envelope.first_block, envelope.first_block + envelope.num_blocks)
+
+
+def _bits(part: BlockRange) -> int:
+    """One bit for each layer of the range."""
+    return ((1 << part.layer_count) - 1) << part.layer_start

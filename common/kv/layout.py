@@ -35,8 +35,28 @@ class KVLayout:
         return self.payload_elements * ELEMENT_BYTES[self.kv_dtype]
 
     @property
+    def scale_bytes(self) -> int:
+        return self.scale_elements * SCALE_BYTES
+
+    @property
     def block_bytes(self) -> int:
-        return self.payload_bytes + self.scale_elements * SCALE_BYTES
+        return self.payload_bytes + self.scale_bytes
+
+    @property
+    def layer_bytes(self) -> int:
+        """One layer of one block, its scales included."""
+        return self.block_bytes // self.num_layers
+
+    def layer_slices(self, layers: range) -> tuple[slice, ...]:
+        """Where neighbouring layers lie in a block's bytes: their payload, then, where the dtype
+        has them, their scales."""
+        payload, scales = (n // self.num_layers for n in (self.payload_bytes, self.scale_bytes))
+        start, end = layers.start, layers.stop
+        slices = [slice(start * payload, end * payload)]
+        if scales:
+            at = self.payload_bytes
+            slices.append(slice(at + start * scales, at + end * scales))
+        return tuple(slices)
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold this many tokens."""

@@ -15,7 +15,9 @@ from common.kv.layout import KVLayout
 
 Buffer = bytes | bytearray | memoryview
 
-VERSION = 1
+BLOCK_VERSION = 1
+# 2: a frame holds some layers of neighbouring blocks, and has a number.
+ENVELOPE_VERSION = 2
 KEY_BYTES = 16
 # A block of the largest model foreseen (128 layers, 16 KV heads of 256, 32 tokens of float32) is
 # 128 MiB; the usual 2 MiB. One frame over this is refused before memory is set aside for it.
@@ -25,8 +27,9 @@ _BLOCK_MAGIC = b"BKVB"
 _ENVELOPE_MAGIC = b"BKVH"
 # magic, version, flags, key, head start, head count, layer start, layer count, tokens, payload
 _BLOCK = struct.Struct("<4sHH16sHHHHIQ")
-# magic, version, flags, handoff id, incarnation digest, generation, block index, total blocks
-_ENVELOPE = struct.Struct("<4sHH16s16sIII")
+# magic, version, flags, handoff id, incarnation digest, generation, number, first block, blocks,
+# total blocks
+_ENVELOPE = struct.Struct("<4sHH16s16sIIIII")
 _CHECKSUM = struct.Struct("<Q")
 _FLAG_CACHED = 1
 
@@ -55,7 +58,9 @@ class BlockRange:
 @dataclass(frozen=True, slots=True)
 class Block:
     """A decoded frame. `token_count` tokens of the block have KV; `payload` is a view into the
-    frame it was decoded from."""
+    frame it was decoded from. A handoff's frame may hold several neighbouring blocks: then key and
+    token count are the last one's (its key stands for all tokens before it), those before it are
+    full, and `payload` is one block's bytes of the range after another's."""
 
     key: bytes
     range: BlockRange
@@ -65,20 +70,24 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """What a handoff adds to a block: whose handoff, which attempt, which place.
+    """What a handoff adds to blocks: whose handoff, which attempt, which place.
 
     handoff_id   16 random bytes, the decode worker's
     incarnation  16-byte digest of the decode worker's incarnation
     generation   attempt of this handoff
-    block_index  logical index of the block in its sequence
+    number       of the frame in its attempt, from 0; a frame that is sent again keeps it
+    first_block  logical index in its sequence of the frame's first block
+    num_blocks   blocks in the frame, one at least
     total        logical blocks that the handoff's tokens cover
-    cached       the sender had the block's KV already, it was not computed for this request
+    cached       the sender had the blocks' KV already, it was not computed for this request
     """
 
     handoff_id: bytes
     incarnation: bytes
     generation: int
-    block_index: int
+    number: int
+    first_block: int
+    num_blocks: int
     total: int
     cached: bool = False
 
@@ -93,7 +102,7 @@ def encode_block_header(key: bytes, range: BlockRange, token_count: int, payload
     try:
         fields = _BLOCK.pack(
             _BLOCK_MAGIC,
-            VERSION,
+            BLOCK_VERSION,
             0,
             key,
             range.head_start,
@@ -120,7 +129,7 @@ def decode_block(frame: Buffer, max_payload_bytes: int = MAX_PAYLOAD_BYTES) -> B
         raise WireError(f"a block frame of {len(view)} bytes is shorter than its header")
     fields = view[: _BLOCK.size]
     magic, version, flags, key, *ranges, tokens, length = _BLOCK.unpack(fields)
-    _check_start(magic, _BLOCK_MAGIC, version, flags)
+    _check_start(magic, _BLOCK_MAGIC, version, BLOCK_VERSION, flags)
     if length > max_payload_bytes:
         raise WireError(f"a block frame announces {length} bytes, over {max_payload_bytes}")
     payload = view[BLOCK_HEADER_BYTES:]
@@ -139,12 +148,14 @@ def encode_envelope(envelope: Envelope) -> bytes:
     try:
         fields = _ENVELOPE.pack(
             _ENVELOPE_MAGIC,
-            VERSION,
+            ENVELOPE_VERSION,
             _FLAG_CACHED if envelope.cached else 0,
             envelope.handoff_id,
             envelope.incarnation,
             envelope.generation,
-            envelope.block_index,
+            envelope.number,
+            envelope.first_block,
+            envelope.num_blocks,
             envelope.total,
         )
     except struct.error as error:
@@ -159,7 +170,7 @@ def decode_envelope(frame: Buffer) -> Envelope:
         raise WireError(f"a handoff frame of {len(view)} bytes is shorter than its envelope")
     fields = view[: _ENVELOPE.size]
     magic, version, flags, *values = _ENVELOPE.unpack(fields)
-    _check_start(magic, _ENVELOPE_MAGIC, version, flags & ~_FLAG_CACHED)
+    _check_start(magic, _ENVELOPE_MAGIC, version, ENVELOPE_VERSION, flags & ~_FLAG_CACHED)
     (checksum,) = _CHECKSUM.unpack(view[_ENVELOPE.size : ENVELOPE_BYTES])
     if checksum != _checksum(fields, b""):
         raise WireError("the checksum of a handoff envelope does not match its bytes")
@@ -201,8 +212,8 @@ def _checksum(fields: Buffer, payload: Buffer) -> int:
     return digest.intdigest()
 
 
-def _check_start(magic: bytes, wanted: bytes, version: int, flags: int) -> None:
+def _check_start(magic: bytes, wanted: bytes, version: int, known: int, flags: int) -> None:
     if magic != wanted:
         raise WireError(f"a frame starts with {magic!r}, expected {wanted!r}")
-    if version != VERSION or flags:
-        raise WireError(f"a frame has version {version}, flags {flags}; this is version {VERSION}")
+    if version != known or flags:
+        raise WireError(f"a frame has version {version}, flags {flags}; this is version {known}")

@@ -92,7 +92,11 @@ class FakeDecode(worker_pb2_grpc.DecodeServiceServicer, worker_pb2_grpc.WorkerSe
                 fingerprint=fingerprint,
                 vocab_size=VOCAB,
             ),
-            load=worker_pb2.Load(max_waiting_requests=8, blocks_total=100),
+            load=worker_pb2.Load(
+                max_waiting_requests=8,
+                blocks_total=100,
+                counters={"frames_dropped_corrupt": 2},
+            ),
         )
         self._port = port
         self._thread = LoopThread("fake-decode")

@@ -259,6 +259,8 @@ def test_metrics_count_requests_tokens_and_workers(client, fake):
     )
     assert 'baton:http_requests_total{route="other",status="404"}' in text
     assert f'baton:worker_up{{role="decode",worker="{fake.address}"}} 1.0' in text
+    event = f'event="frames_dropped_corrupt",role="decode",worker="{fake.address}"'
+    assert f"baton:worker_events_total{{{event}}} 2.0" in text
     for name in ("time_to_first_token_seconds_count", "e2e_request_latency_seconds_count"):
         assert re.search(rf"baton:{name} [1-9]", text)
 

@@ -1,7 +1,8 @@
 """A worker without a model: the real scheduler and connectors over pages with known right bytes.
 
 The "KV" of a token is a function of the tokens up to and including it, computed here in one line,
-so that every page can be checked against what it must hold.
+so that every page can be checked against what it must hold. Half of the heads of a layer are
+written only after the connector was told of the layer, as with two ranks.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from baton.v1 import worker_pb2, worker_pb2_grpc
@@ -29,19 +31,22 @@ from common.rpc.server import RpcServer
 
 BLOCK_SIZE = 16
 LAYOUT = KVLayout(
-    num_layers=2, num_kv_heads=2, head_dim=8, block_size=BLOCK_SIZE, kv_dtype="float32"
+    num_layers=3, num_kv_heads=2, head_dim=8, block_size=BLOCK_SIZE, kv_dtype="fp8_e4m3"
 )
+# K and V of each head: the bytes of a vector, and of its scale.
+VECTORS = 2 * LAYOUT.num_kv_heads
+VECTOR_BYTES, SCALE_BYTES = LAYOUT.head_dim, 4
 FINGERPRINT = b"fingerprint-of-1"
-ROW_BYTES = LAYOUT.block_bytes // BLOCK_SIZE
 CARD = worker_pb2.ModelCard(
     name="none", block_size=BLOCK_SIZE, block_bytes=LAYOUT.block_bytes, fingerprint=FINGERPRINT
 )
 
 
-def kv_of(token_ids: list[int]) -> bytes:
-    """The right bytes of the last token's KV: ROW_BYTES of them."""
+def kv_of(token_ids: list[int]) -> np.ndarray:
+    """The right bytes of the last token's KV: [num_layers, VECTORS, VECTOR_BYTES + SCALE_BYTES]."""
     digest = hashlib.shake_128(b"".join(t.to_bytes(4, "little") for t in token_ids))
-    return digest.digest(ROW_BYTES)
+    row = np.frombuffer(digest.digest(LAYOUT.block_bytes // BLOCK_SIZE), np.uint8)
+    return row.reshape(LAYOUT.num_layers, VECTORS, -1)
 
 
 def until(condition: Callable[[], object], seconds: float = 10.0) -> object:
@@ -65,9 +70,13 @@ class Worker:
     outputs: dict[str, list[RequestOutput]] = field(default_factory=dict)
     computed_tokens: int = 0
     on_turn: Callable[["Worker"], None] | None = None
+    on_layer: Callable[[int], None] | None = None
 
     def __post_init__(self):
         self.cache = torch.zeros(self.num_blocks, LAYOUT.block_bytes, dtype=torch.uint8)
+        data, shape = self.cache.numpy(), (self.num_blocks, LAYOUT.num_layers, VECTORS, BLOCK_SIZE)
+        self.vectors = data[:, : LAYOUT.payload_bytes].reshape(*shape, VECTOR_BYTES)
+        self.scales = data[:, LAYOUT.payload_bytes :].reshape(*shape, SCALE_BYTES)
         self.woken = threading.Event()
         self.blocks = BlockManager(self.num_blocks)
         config = SchedulerConfig(
@@ -93,13 +102,20 @@ class Worker:
         meta = self.connector.build_connector_meta(plan if plan.sequences else None)
         self.connector.start_load_kv(meta)
         if plan.sequences:
-            for sequence, start, count in zip(
-                plan.sequences, plan.start, plan.scheduled, strict=True
-            ):
-                self._check_past(sequence, start)
-                self._compute(sequence, start, count)
+            rows = list(zip(plan.sequences, plan.start, plan.scheduled, strict=True))
+            for sequence, start, count in rows:
+                if sequence.request_id not in plan.loading:
+                    self._check_past(sequence, start)
+                self.computed_tokens += count
+            for layer in range(LAYOUT.num_layers):
+                self._compute(rows, layer, range(VECTORS // 2))
+                self.connector.save_kv_layer(layer)
+                if self.on_layer is not None:
+                    self.on_layer(layer)
+                self._compute(rows, layer, range(VECTORS // 2, VECTORS))
             self.connector.wait_for_save()
-            self._keep(self.scheduler.update(plan, [Sampled(1)] * sum(plan.sampled)))
+            failed = self.connector.get_block_ids_with_load_errors()
+            self._keep(self.scheduler.update(plan, [Sampled(1)] * sum(plan.sampled), failed))
         else:
             self._keep(self.scheduler.take_outputs())
         self.scheduler.check()
@@ -135,24 +151,26 @@ class Worker:
         for output in outputs:
             self.outputs.setdefault(output.request_id, []).append(output)
 
-    def _compute(self, sequence: Sequence, start: int, count: int) -> None:
-        self.computed_tokens += count
-        for position in range(start, start + count):
-            self.row(sequence.block_table, position)[:] = torch.frombuffer(
-                bytearray(kv_of(sequence.token_ids[: position + 1])), dtype=torch.uint8
-            )
+    def _compute(self, rows, layer: int, vectors: range) -> None:
+        for sequence, start, count in rows:
+            for position in range(start, start + count):
+                found, scales = self.row(sequence.block_table, position)
+                right = kv_of(sequence.token_ids[: position + 1])[layer, vectors]
+                found[layer, vectors] = right[:, :VECTOR_BYTES]
+                scales[layer, vectors] = right[:, VECTOR_BYTES:]
 
     def _check_past(self, sequence: Sequence, length: int) -> None:
         """What attention would read: every token before `length` has its right KV."""
         for position in range(length):
-            found = bytes(self.row(sequence.block_table, position).numpy())
-            assert found == kv_of(sequence.token_ids[: position + 1]), (
+            found = np.concatenate(self.row(sequence.block_table, position), axis=2)
+            assert np.array_equal(found, kv_of(sequence.token_ids[: position + 1])), (
                 f"{sequence.request_id}: wrong KV at position {position}"
             )
 
-    def row(self, block_table: list[int], position: int) -> torch.Tensor:
-        page = self.cache[block_table[position // BLOCK_SIZE]]
-        return page[position % BLOCK_SIZE * ROW_BYTES :][:ROW_BYTES]
+    def row(self, block_table: list[int], position: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where a token's vectors are, and their scales: [num_layers, VECTORS, bytes] each."""
+        page, token = block_table[position // BLOCK_SIZE], position % BLOCK_SIZE
+        return self.vectors[page, :, :, token], self.scales[page, :, :, token]
 
     def idle(self) -> bool:
         return (
@@ -235,9 +253,16 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
                         h.lease_ms,
                     ),
                 )
-            if not self.worker.turn().sequences:
+            try:
+                busy = self.worker.turn().sequences
+            except RuntimeError as error:  # a test broke the step: its requests end, as in Engine
+                busy = [self.worker.scheduler.abort(r, error) for r in self._live()]
+            if not busy:
                 self.worker.woken.wait(0.02)
                 self.worker.woken.clear()
+
+    def _live(self) -> list[str]:
+        return self.worker.scheduler.request_ids()
 
     def stop(self):
         """Die: the server first, then the engine and the links."""

@@ -102,6 +102,50 @@ def test_when_the_handoff_fails_the_blocks_of_the_store_stay(store, decode):
     other.connector.shutdown()
 
 
+class WithinTheStep(KVConnector):
+    """Loads 32 tokens within a step, as a connector may; all of it fails."""
+
+    def get_num_new_matched_tokens(self, sequence, num_computed_tokens):
+        return 32, False
+
+    def register_kv_caches(self, caches):
+        self.cache, self.failed = caches.cache, set()
+
+    def update_state_after_alloc(self, sequence, block_ids, num_external_tokens):
+        if num_external_tokens:
+            self.failed = set(block_ids[:2])
+            self.cache[block_ids[:2]] = 255
+
+    def get_block_ids_with_load_errors(self):
+        failed, self.failed = self.failed, set()
+        return failed
+
+
+def test_kv_whose_load_within_the_step_failed_is_neither_used_nor_sent_nor_saved(store, decode):
+    prefill = PrefillWorker(
+        lambda sender: ChainConnector(
+            [WithinTheStep(), StoreConnector([store.address], settings=PATIENT), sender]
+        )
+    )
+    prompt = prompt_of(100, seed=8)
+    decode.submit("r", prompt, transfer=PrefillCandidates((prefill.address,)))
+    decode.run("r")  # each step checks what it reads
+    assert decode.computed_tokens == 1
+    until(prefill.worker.idle)
+    decode.scheduler.blocks.forget()
+    decode.submit("again", prompt)
+    decode.run("again")
+    prefill.stop()
+
+
+def test_members_that_load_between_steps_and_within_one_are_not_mixed():
+    later = Scripted(32)
+    worker = Worker(ChainConnector([WithinTheStep(), later]))
+    worker.submit("r", prompt_of(100, seed=9))
+    assert worker.run("r").finish_reason == "length"
+    assert later.given[0][1] == 0
+
+
 class Scripted(KVConnector):
     """A member that loads as many tokens as it is told, and is done when it is told."""
 

@@ -9,6 +9,7 @@ import pytest
 
 from baton.v1 import worker_pb2
 from common.errors import Overloaded
+from common.kv.connectors import sender
 from common.kv.connectors.handoff import HandoffReceiver
 from common.kv.handoff import HandoffPolicy, PrefillCandidates
 from common.kv.wire import FRAME_OVERHEAD_BYTES
@@ -17,6 +18,12 @@ from tests.kv.support import BLOCK_SIZE, CARD, LAYOUT, PrefillWorker, Worker, un
 
 pytestmark = pytest.mark.timeout(60)
 POLICY = HandoffPolicy(min_tokens=8, lease_s=10.0, stall_timeout_s=5.0)
+
+
+@pytest.fixture(autouse=True)
+def one_layer_a_frame(monkeypatch):
+    """As with a big model, whose layers are over the size up to which they go together."""
+    monkeypatch.setattr(sender, "MIN_FRAME_BYTES", 1)
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -65,13 +72,16 @@ def test_the_decode_worker_computes_only_the_last_token(prefill, decode, length)
     assert decode.idle()
     until(prefill.worker.idle)
     blocks = -(-(length - 1) // BLOCK_SIZE)
+    frames = -(-(length - 1) // prefill.worker.step_tokens) * LAYOUT.num_layers
     events = decode.connector.take_events()
     assert events == {
         "handoff_blocks_received": blocks,
         "handoff_bytes_received": blocks * LAYOUT.block_bytes,
         "handoffs_completed": 1,
-        "transport_frames_received_shm": blocks,
-        "transport_bytes_received_shm": blocks * (LAYOUT.block_bytes + FRAME_OVERHEAD_BYTES),
+        "transport_frames_received_shm": frames,
+        "transport_bytes_received_shm": (
+            blocks * LAYOUT.block_bytes + frames * FRAME_OVERHEAD_BYTES
+        ),
     }
 
 
@@ -91,6 +101,51 @@ def test_blocks_come_while_the_prompt_is_still_computed():
     assert steps_at_first_block[0] < 399
     prefill.stop()
     decode.connector.shutdown()
+
+
+def test_a_layer_leaves_while_the_next_ones_are_computed(prefill, decode):
+    received = []
+
+    def wait_for_the_first_layer(layer: int) -> None:
+        if layer == LAYOUT.num_layers - 1:
+            events = decode.connector._events
+            received.append(until(lambda: events["handoff_bytes_received"]))
+
+    prefill.worker.on_layer = wait_for_the_first_layer
+    decode.submit("r", prompt_of(65), transfer=from_(prefill))
+    decode.run("r")
+    assert received[0] % (4 * LAYOUT.layer_bytes) == 0
+    assert decode.computed_tokens == 1
+
+
+def test_small_layers_share_a_frame(prefill, decode, monkeypatch):
+    monkeypatch.setattr(sender, "MIN_FRAME_BYTES", 7 * LAYOUT.layer_bytes)
+    decode.submit("r", prompt_of(65), transfer=from_(prefill))
+    decode.run("r")
+    until(lambda: _count(prefill.worker).get("handoff_frames_sent") == 2)
+
+
+def test_big_chunks_are_split_into_frames_of_the_largest_size(prefill, decode, monkeypatch):
+    monkeypatch.setattr(sender, "MAX_FRAME_BYTES", 2 * LAYOUT.layer_bytes)
+    decode.submit("r", prompt_of(65), transfer=from_(prefill))
+    decode.run("r")
+    assert decode.computed_tokens == 1
+    until(lambda: _count(prefill.worker).get("handoff_frames_sent") == 6)
+
+
+def test_a_step_that_breaks_between_two_layers_leaves_nothing_staged(prefill, decode):
+    def break_down(layer: int) -> None:
+        if layer == 2:
+            prefill.worker.on_layer = None
+            raise RuntimeError("the step breaks")
+
+    prefill.worker.on_layer = break_down
+    decode.submit("r", prompt_of(65), transfer=from_(prefill, prefill))
+    decode.run("r")
+    assert [call.handoff.generation for call in prefill.calls] == [1, 2]
+    assert decode.computed_tokens == 1
+    until(prefill.worker.idle)
+    assert prefill.sender._staged_bytes == 0
 
 
 def test_only_the_blocks_that_the_decode_worker_lacks_are_sent(prefill, decode):

@@ -4,15 +4,18 @@ import pytest
 
 from common.errors import HandoffError
 from common.kv.handoff import Accept, Drop, HandoffTable, Overdue, Verdict, WantedBlock
+from common.kv.layout import KVLayout
 from common.kv.wire import Block, BlockRange, Envelope, incarnation_digest
 
+LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=8, block_size=16, kv_dtype="fp8_e4m3")
 WHOLE = BlockRange(0, 2, 0, 3)
 ID = b"a" * 16
 ME = incarnation_digest("me")
+SILENT = "no KV came for 10 s"
 
 
 def table() -> HandoffTable:
-    return HandoffTable("me", WHOLE, payload_bytes=8, stall_timeout_s=10.0)
+    return HandoffTable("me", LAYOUT, stall_timeout_s=10.0)
 
 
 def wanted(first: int = 2, count: int = 2) -> list[WantedBlock]:
@@ -23,13 +26,27 @@ def wanted(first: int = 2, count: int = 2) -> list[WantedBlock]:
     ]
 
 
-def envelope(index: int, *, generation=1, id=ID, incarnation=ME, total=4) -> Envelope:
-    return Envelope(id, incarnation, generation, index, total)
+def envelope(
+    index: int, *, count=1, generation=1, number=0, id=ID, incarnation=ME, total=4
+) -> Envelope:
+    return Envelope(id, incarnation, generation, number, index, count, total)
 
 
-def block(index: int, *, key=None, range=WHOLE, tokens=None, payload=b"12345678") -> Block:
-    tokens = tokens or (5 if index == 3 else 16)
-    return Block(key or bytes([index]) * 16, range, tokens, memoryview(payload))
+def block(last: int, *, count=1, key=None, range=WHOLE, tokens=None, size=None) -> Block:
+    """A frame's body: `count` blocks, of which `last` is the last."""
+    tokens = tokens or (5 if last == 3 else 16)
+    size = count * range.layer_count * LAYOUT.layer_bytes if size is None else size
+    return Block(key or bytes([last]) * 16, range, tokens, memoryview(bytes(size)))
+
+
+def layers(start: int, count: int = 1) -> BlockRange:
+    return BlockRange(0, 2, start, count)
+
+
+def taken(page: int, *, complete=False) -> Accept:
+    """The answer to a frame with all layers of one block."""
+    (whole,) = (w for w in wanted() if w.block_id == page)
+    return Accept(ID, (page,), (whole,), complete)
 
 
 def opened() -> HandoffTable:
@@ -40,9 +57,9 @@ def opened() -> HandoffTable:
 
 def test_frames_go_to_the_pages_that_were_asked_for_until_all_are_in():
     t = opened()
-    assert t.on_frame(envelope(3), block(3), 1.0) == Accept(ID, 103, complete=False)
+    assert t.on_frame(envelope(3), block(3), 1.0) == taken(103)
     assert t.missing(ID) == wanted()[:1]
-    assert t.on_frame(envelope(2), block(2), 2.0) == Accept(ID, 102, complete=True)
+    assert t.on_frame(envelope(2), block(2), 2.0) == taken(102, complete=True)
     assert len(t) == 0
     assert t.dropped == {}
 
@@ -72,7 +89,7 @@ def test_a_duplicate_is_dropped_and_does_not_count_as_progress():
     t = opened()
     t.on_frame(envelope(2), block(2), 1.0)
     assert t.on_frame(envelope(2), block(2), 8.0) == Drop(Verdict.DUPLICATE)
-    assert t.expire(11.0) == [Overdue(ID, 1, "no block came for 10 s")]
+    assert t.expire(11.0) == [Overdue(ID, 1, SILENT)]
 
 
 def test_a_frame_of_an_unknown_handoff_is_dropped():
@@ -91,7 +108,7 @@ def test_a_frame_of_an_earlier_or_a_later_attempt_is_dropped():
     assert t.retry(ID, lease_end=60.0, now=5.0) == 2
     assert t.on_frame(envelope(2, generation=1), block(2), 6.0) == Drop(Verdict.OLD_GENERATION)
     assert t.on_frame(envelope(2, generation=3), block(2), 6.0) == Drop(Verdict.OLD_GENERATION)
-    assert t.on_frame(envelope(2, generation=2), block(2), 6.0) == Accept(ID, 102, False)
+    assert t.on_frame(envelope(2, generation=2), block(2), 6.0) == taken(102)
 
 
 def test_blocks_of_an_earlier_attempt_stay_and_only_the_rest_is_missing():
@@ -100,7 +117,7 @@ def test_blocks_of_an_earlier_attempt_stay_and_only_the_rest_is_missing():
     t.retry(ID, lease_end=60.0, now=5.0)
     assert [b.index for b in t.missing(ID)] == [3]
     assert t.on_frame(envelope(2, generation=2), block(2), 6.0) == Drop(Verdict.DUPLICATE)
-    assert t.on_frame(envelope(3, generation=2), block(3), 6.0) == Accept(ID, 103, True)
+    assert t.on_frame(envelope(3, generation=2), block(3), 6.0) == taken(103, complete=True)
 
 
 @pytest.mark.parametrize(
@@ -108,14 +125,39 @@ def test_blocks_of_an_earlier_attempt_stay_and_only_the_rest_is_missing():
     [
         (envelope(2), block(2, key=b"z" * 16)),
         (envelope(2), block(2, tokens=15)),
-        (envelope(2), block(2, payload=b"1234567")),
+        (envelope(2), block(2, size=3 * LAYOUT.layer_bytes - 1)),
         (envelope(2), block(2, range=BlockRange(0, 1, 0, 3))),
-        (envelope(2), block(2, range=BlockRange(0, 2, 1, 2))),
+        (envelope(2), block(2, range=BlockRange(1, 2, 0, 3))),
+        (envelope(2), block(2, range=layers(1, 3))),
+        (envelope(2), block(2, range=layers(0, 0))),
+        (envelope(2), block(2, range=layers(65535, 65535), size=16)),
         (envelope(2, total=5), block(2)),
         (envelope(1), block(1)),
         (envelope(7), block(7)),
+        (envelope(2, count=0), block(2)),
+        (envelope(2, count=3), block(4, count=3)),
+        (envelope(1, count=2), block(2, count=2)),
+        (envelope(2, count=2**32 - 1), block(2)),
+        (envelope(2, count=2), block(2, count=2)),
     ],
-    ids=["key", "tokens", "size", "heads", "layers", "total", "before", "after"],
+    ids=[
+        "key",
+        "tokens",
+        "size",
+        "heads",
+        "other-heads",
+        "layers",
+        "no-layer",
+        "far-layers",
+        "total",
+        "before",
+        "after",
+        "no-block",
+        "too-many",
+        "first-not-wanted",
+        "endless",
+        "key-of-the-first",
+    ],
 )
 def test_a_block_that_is_not_what_was_asked_for_is_dropped(head, body):
     t = opened()
@@ -126,11 +168,11 @@ def test_a_block_that_is_not_what_was_asked_for_is_dropped(head, body):
 def test_an_attempt_that_goes_silent_is_overdue_once_and_takes_no_frame():
     t = opened()
     assert t.expire(9.9) == []
-    assert t.expire(10.0) == [Overdue(ID, 1, "no block came for 10 s")]
+    assert t.expire(10.0) == [Overdue(ID, 1, SILENT)]
     assert t.expire(10.1) == []
     assert t.on_frame(envelope(2), block(2), 10.2) == Drop(Verdict.EXPIRED)
     t.retry(ID, lease_end=60.0, now=10.3)
-    assert t.on_frame(envelope(2, generation=2), block(2), 10.4) == Accept(ID, 102, False)
+    assert t.on_frame(envelope(2, generation=2), block(2), 10.4) == taken(102)
 
 
 def test_a_lease_ends_even_when_blocks_keep_coming():
@@ -162,3 +204,38 @@ def test_ending_twice_changes_nothing():
 def test_a_sender_goes_on_only_where_the_receiver_has_the_block():
     harmless = {v for v in Verdict if v.harmless}
     assert harmless == {Verdict.ACCEPTED, Verdict.DUPLICATE, Verdict.AFTER_COMPLETE}
+
+
+def test_layers_of_several_blocks_land_in_any_order_and_complete_each_block_once():
+    t = opened()
+    first, second = wanted()
+    assert t.on_frame(
+        envelope(2, count=2, number=1), block(3, count=2, range=layers(1, 2)), 1.0
+    ) == Accept(ID, (102, 103), (), False)
+    assert t.missing(ID) == [first, second]
+    assert t.on_frame(envelope(3, number=2), block(3, range=layers(0)), 2.0) == Accept(
+        ID, (103,), (second,), False
+    )
+    assert t.reordered == 0
+    assert t.on_frame(envelope(2, number=0), block(2, range=layers(0)), 3.0) == Accept(
+        ID, (102,), (first,), True
+    )
+    assert t.reordered == 1
+
+
+def test_layers_that_landed_in_pieces_of_another_size_count_once():
+    t = opened()
+    t.on_frame(envelope(2), block(2, range=layers(0, 2)), 1.0)
+    again = t.on_frame(envelope(2), block(2, range=layers(0)), 2.0)
+    assert again == Drop(Verdict.DUPLICATE)
+    more = t.on_frame(envelope(2), block(2, range=layers(1, 2)), 3.0)
+    assert more == Accept(ID, (102,), (wanted()[0],), False)
+    both = t.on_frame(envelope(2, count=2), block(3, count=2), 4.0)
+    assert both == Accept(ID, (102, 103), (wanted()[1],), True)
+
+
+def test_a_block_that_lacks_a_layer_is_missing_when_its_handoff_fails():
+    t = opened()
+    t.on_frame(envelope(2), block(2), 1.0)
+    t.on_frame(envelope(3), block(3, range=layers(0, 2)), 1.0)
+    assert t.fail(ID) == wanted()[1:]

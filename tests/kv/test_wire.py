@@ -1,6 +1,7 @@
 """Frames that are not exactly what was sent are refused, whatever happened to them."""
 
 import struct
+from dataclasses import replace
 
 import pytest
 import xxhash
@@ -13,7 +14,7 @@ from common.kv import wire
 KEY = bytes(range(16))
 RANGE = wire.BlockRange(head_start=2, head_count=4, layer_start=0, layer_count=3)
 PAYLOAD = bytes(i * 7 % 251 for i in range(96))
-ENVELOPE = wire.Envelope(b"h" * 16, wire.incarnation_digest("one"), 3, 5, 9)
+ENVELOPE = wire.Envelope(b"h" * 16, wire.incarnation_digest("one"), 3, 7, 5, 2, 9)
 
 
 def frame() -> bytes:
@@ -34,6 +35,13 @@ def test_the_header_has_the_documented_bytes():
     fields = struct.pack("<4sHH16sHHHHIQ", b"BKVB", 1, 0, KEY, 2, 4, 0, 3, 16, len(PAYLOAD))
     checksum = struct.pack("<Q", xxhash.xxh3_64_intdigest(fields + PAYLOAD))
     assert frame() == fields + checksum + PAYLOAD
+
+
+def test_the_envelope_has_the_documented_bytes():
+    values = (b"BKVH", 2, 1, b"h" * 16, wire.incarnation_digest("one"), 3, 7, 5, 2, 9)
+    fields = struct.pack("<4sHH16s16sIIIII", *values)
+    whole = fields + struct.pack("<Q", xxhash.xxh3_64_intdigest(fields))
+    assert wire.encode_envelope(replace(ENVELOPE, cached=True)) == whole
 
 
 def test_an_envelope_comes_back_as_it_was_sent():

@@ -1,5 +1,6 @@
 """Several connectors as one: each adds to what those before it can load."""
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from common.kv.connector import KVCaches, KVConnector
@@ -8,24 +9,26 @@ if TYPE_CHECKING:
     from common.engine.sequence import Sequence, StepPlan
 
 
+@dataclass(slots=True)
 class _Share:
-    """What the members load for one sequence: tokens by member, and who is still at it."""
+    """What the members load for one sequence: from token `start` on, `tokens` by member, between
+    steps or within one; who is still at it, and which blocks failed so far."""
 
-    __slots__ = ("block_ids", "failed", "loading", "start", "tokens")
-
-    def __init__(self, start: int, tokens: list[int]) -> None:
-        self.start = start
-        self.tokens = tokens
-        self.loading: set[int] = set()
-        self.block_ids: list[int] = []
-        self.failed: set[int] = set()
+    start: int
+    tokens: list[int]
+    between_steps: bool
+    loading: set[int] = field(default_factory=set)
+    block_ids: list[int] = field(default_factory=list)
+    failed: set[int] = field(default_factory=set)
 
 
 class ChainConnector(KVConnector):
     """Asks its members in order: the store first, then a handoff for what the store lacks.
 
     A sequence is done loading when every member is; failed blocks are reported only then, so that
-    the engine never computes into a block that another member still fills.
+    the engine never computes into a block that another member still fills. A sequence is loaded
+    either between steps or within one, as the first member that has something of it says: members
+    that load the other way are left out.
     """
 
     def __init__(self, members: list[KVConnector]) -> None:
@@ -42,16 +45,20 @@ class ChainConnector(KVConnector):
     def get_num_new_matched_tokens(
         self, sequence: "Sequence", num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        reached, tokens, between_steps = num_computed_tokens, [], False
+        share = _Share(num_computed_tokens, [], False)
+        reached = num_computed_tokens
         for member in self._members:
             found, later = member.get_num_new_matched_tokens(sequence, reached)
             if found is None:
                 return None, True
-            tokens.append(found)
+            if reached == num_computed_tokens:
+                share.between_steps = later
+            elif later != share.between_steps:
+                found = 0
+            share.tokens.append(found)
             reached += found
-            between_steps = between_steps or (later and found > 0)
-        self._shares[sequence.request_id] = _Share(num_computed_tokens, tokens)
-        return reached - num_computed_tokens, between_steps
+        self._shares[sequence.request_id] = share
+        return reached - num_computed_tokens, share.between_steps
 
     def update_state_after_alloc(
         self, sequence: "Sequence", block_ids: list[int], num_external_tokens: int
@@ -63,7 +70,10 @@ class ChainConnector(KVConnector):
                 member.update_state_after_alloc(sequence, block_ids, 0)
             return
         share.block_ids = list(block_ids)
-        share.loading = {i for i, tokens in enumerate(share.tokens) if tokens}
+        if share.between_steps:
+            share.loading = {i for i, tokens in enumerate(share.tokens) if tokens}
+        else:
+            self._loaded[sequence.request_id] = share.tokens
         reached = share.start
         for member, tokens in zip(self._members, share.tokens, strict=True):
             reached += tokens
@@ -133,21 +143,20 @@ class ChainConnector(KVConnector):
     def get_finished(self, finished_request_ids: set[str]) -> tuple[set[str], set[str]]:
         sent: set[str] = set()
         loaded: set[str] = set()
-        failed: set[int] = set()
         for i, member in enumerate(self._members):
             member_sent, member_loaded = member.get_finished(finished_request_ids)
             sent |= {r for r in member_sent if self._no_longer(self._sending, r, i)}
-            failed |= member.get_block_ids_with_load_errors()
             for request_id in member_loaded:
                 if request_id in self._shares:
                     self._shares[request_id].loading.discard(i)
-        self._keep_failures(failed)
+        self._collect_failures()
         for request_id, share in list(self._shares.items()):
             if share.block_ids and not share.loading:
-                loaded.add(request_id)
                 self._failed |= share.failed
-                self._loaded[request_id] = share.tokens
                 del self._shares[request_id]
+                if share.between_steps:
+                    loaded.add(request_id)
+                    self._loaded[request_id] = share.tokens
         return sent, loaded
 
     @staticmethod
@@ -159,13 +168,21 @@ class ChainConnector(KVConnector):
             return False
         return waiting.pop(request_id, None) is not None
 
-    def _keep_failures(self, failed: set[int]) -> None:
+    def _collect_failures(self) -> None:
+        """Failed blocks, to their shares. Those loaded within a step are told at once."""
+        failed: set[int] = set()
+        for member in self._members:
+            failed |= member.get_block_ids_with_load_errors()
         for share in self._shares.values() if failed else ():
             # Only the blocks that are loaded: those before may be shared with other sequences.
-            own = share.block_ids[share.start // self._block_size :]
-            share.failed.update(failed.intersection(own))
+            own = failed.intersection(share.block_ids[share.start // self._block_size :])
+            if share.between_steps:
+                share.failed |= own
+            else:
+                self._failed |= own
 
     def get_block_ids_with_load_errors(self) -> set[int]:
+        self._collect_failures()
         failed, self._failed = self._failed, set()
         return failed
 

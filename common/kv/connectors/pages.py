@@ -1,6 +1,9 @@
 """Bytes into pages and out of them; on the engine's thread only."""
 
+import numpy as np
 import torch
+
+from common.kv.layout import KVLayout
 
 
 def write_page(cache: torch.Tensor, block_id: int, payload: memoryview) -> None:
@@ -12,5 +15,40 @@ def write_page(cache: torch.Tensor, block_id: int, payload: memoryview) -> None:
 
 def copy_pages(cache: torch.Tensor, block_ids: list[int]) -> list[memoryview]:
     """Copies of pages as bytes. cache: uint8 [num_blocks, block_bytes], read."""
-    pages = cache[block_ids].cpu().numpy()
-    return [memoryview(page) for page in pages]
+    return [memoryview(page) for page in _rows(cache, block_ids, slice(None))]
+
+
+def copy_layers(
+    cache: torch.Tensor, layout: KVLayout, block_ids: list[int], layers: range
+) -> memoryview:
+    """A copy of some layers of some blocks: [len(block_ids), len(layers) * layer_bytes] bytes, of
+    each block its payload, then its scales. cache: uint8 [num_blocks, block_bytes], read."""
+    parts = [_rows(cache, block_ids, part) for part in layout.layer_slices(layers)]
+    rows = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    return memoryview(rows).cast("B")
+
+
+def write_layers(
+    cache: torch.Tensor,
+    layout: KVLayout,
+    block_ids: tuple[int, ...],
+    layers: range,
+    payload: memoryview,
+) -> None:
+    """Put what `copy_layers` gave into pages. cache: uint8 [num_blocks, block_bytes], written."""
+    rows = np.frombuffer(payload, np.uint8).reshape(len(block_ids), -1)
+    start = 0
+    for part in layout.layer_slices(layers):
+        columns = rows[:, start : start + part.stop - part.start]
+        start += columns.shape[1]
+        if cache.device.type == "cpu":
+            # numpy copies rows whole; torch's indexing goes byte by byte, 20 times slower.
+            cache.numpy()[list(block_ids), part] = columns
+        else:
+            cache[list(block_ids), part] = torch.from_numpy(columns.copy()).to(cache.device)
+
+
+def _rows(cache: torch.Tensor, block_ids: list[int], part: slice) -> np.ndarray:
+    if cache.device.type == "cpu":
+        return cache.numpy()[block_ids, part]
+    return cache[block_ids, part].cpu().numpy()

@@ -21,7 +21,7 @@ from opentelemetry.trace import Span
 from baton.v1 import worker_pb2
 from common.errors import BatonError, HandoffError, WireError
 from common.kv.connector import KVCaches, KVConnector
-from common.kv.connectors.pages import write_page
+from common.kv.connectors.pages import write_layers
 from common.kv.connectors.prefill_call import GrpcPrefill, Metadata, PrefillCall
 from common.kv.connectors.transfer import CallEnded, Corrupt, Frame, Transfer
 from common.kv.handoff import (
@@ -34,7 +34,7 @@ from common.kv.handoff import (
 )
 from common.kv.keys import chain_keys
 from common.kv.transports import DataPlane, Transport
-from common.kv.wire import BlockRange, decode_handoff_frame, partial_block_key
+from common.kv.wire import decode_handoff_frame, partial_block_key
 from common.rpc.discovery import join_address
 from common.rpc.loop import LoopThread
 from common.telemetry.tracing import Tracing, context_of, extract, fail, inject
@@ -139,7 +139,7 @@ class HandoffReceiver(KVConnector):
         if caches is None:
             return Verdict.UNKNOWN_HANDOFF
         try:
-            envelope, block = decode_handoff_frame(frame, caches.layout.block_bytes)
+            envelope, block = decode_handoff_frame(frame)
         except WireError as error:
             self._inbox.append(Corrupt(str(error)))
             caches.wake()
@@ -240,9 +240,11 @@ class HandoffReceiver(KVConnector):
         if table is not None:
             for verdict, count in table.dropped.items():
                 self._events[f"frames_dropped_{verdict.name.lower()}"] += count
+            self._events["frames_reordered"] += table.reordered
             table.dropped.clear()
+            table.reordered = 0
         self._events.update(self._transport.take_events())
-        events, self._events = dict(self._events), collections.Counter()
+        events, self._events = dict(+self._events), collections.Counter()
         return events
 
     def open_handoffs(self) -> int:
@@ -253,8 +255,7 @@ class HandoffReceiver(KVConnector):
     def register_kv_caches(self, caches: KVCaches) -> None:
         self._table = HandoffTable(
             self._incarnation,
-            BlockRange.whole(caches.layout),
-            caches.layout.block_bytes,
+            caches.layout,
             self._policy.stall_timeout_s,
         )
         self._caches = caches
@@ -398,11 +399,14 @@ class HandoffReceiver(KVConnector):
         decision = self._need_table().on_frame(frame.envelope, frame.block, time.monotonic())
         if not isinstance(decision, Accept):
             return decision.verdict
-        write_page(self._need_caches().cache, decision.block_id, frame.block.payload)
-        self._events["handoff_blocks_received"] += 1
+        caches, part = self._need_caches(), frame.block.range
+        layers = range(part.layer_start, part.layer_start + part.layer_count)
+        write_layers(caches.cache, caches.layout, decision.block_ids, layers, frame.block.payload)
+        self._events["handoff_blocks_received"] += len(decision.completed)
         self._events["handoff_bytes_received"] += len(frame.block.payload)
         transfer = self._transfers[decision.handoff_id]
-        transfer.cached_tokens += frame.block.token_count if frame.envelope.cached else 0
+        if frame.envelope.cached:
+            transfer.cached_tokens += sum(block.token_count for block in decision.completed)
         if decision.complete:
             self._done.add(transfer.request_id)
             self._cached_tokens[transfer.request_id] = transfer.cached_tokens

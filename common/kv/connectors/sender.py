@@ -1,37 +1,31 @@
-"""The prefill worker's end of a handoff: sends each block as soon as a step has completed it.
+"""The prefill worker's end of a handoff: sends each layer's KV while the next layer computes.
 
-Pages are copied on the engine's thread when the step that filled them ends, and only then go to the
-loop: a page that preemption or an abort gives to somebody else is never read again, so what is sent
-under a key is what was computed for it.
+Blocks that a step completes leave layer by layer; those that were there before it (found in a
+cache, loaded, or left for want of room) leave whole. What is sent is copied on the engine's thread
+and only then goes to the loop: a page that preemption or an abort gives to somebody else is never
+read again, so what is sent under a key is what was computed for it.
 """
 
-import asyncio
 import collections
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import structlog
 from opentelemetry.trace import Span
 
 from common.engine.sequence import Phase
-from common.errors import BatonError, Cancelled, HandoffError
+from common.errors import Cancelled, HandoffError
 from common.kv.connector import KVCaches, KVConnector
-from common.kv.connectors.pages import copy_pages
-from common.kv.handoff import HandoffTarget, Verdict
+from common.kv.connectors.delivery import Delivery, Staged
+from common.kv.connectors.pages import copy_layers
+from common.kv.handoff import HandoffTarget
 from common.kv.keys import chain_keys
-from common.kv.transports import DataPlane, Link, Transport
-from common.kv.wire import (
-    BlockRange,
-    Envelope,
-    encode_block_header,
-    encode_envelope,
-    incarnation_digest,
-    partial_block_key,
-)
+from common.kv.transports import DataPlane, Transport
+from common.kv.wire import BlockRange, partial_block_key
 from common.rpc.loop import LoopThread
 from common.telemetry.tracing import Tracing, extract, fail
 
@@ -41,6 +35,11 @@ if TYPE_CHECKING:
 log = structlog.get_logger("handoff")
 
 MAX_STAGED_BYTES = 256 * 1024 * 1024
+# Neighbouring layers go together up to this: below it a frame's fixed costs (a task, two system
+# calls, an answer, waking the receiver's engine: 0.2 ms in all) are more than its bytes'.
+MIN_FRAME_BYTES = 1024 * 1024
+# More than this is split, so that the receiver checks one frame while the next is on its way.
+MAX_FRAME_BYTES = 8 * 1024 * 1024
 # Results that nobody came to forget; the oldest go first.
 MAX_RESULTS = 4096
 
@@ -54,41 +53,31 @@ class SendResult:
     error: Exception | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Staged:
-    """A copy of one block, on its way to the receiver."""
-
-    index: int
-    key: bytes
-    token_count: int
-    cached: bool
-    payload: memoryview
-
-
 @dataclass(slots=True, eq=False)
 class _Job:
     """One handoff. The engine's thread writes the first part, the loop the second.
 
-    held      the block table to copy from when the sequence ended before all was copied
-    finished  the engine said that the request ended
+    next_index  the first block that is not staged, nor being staged in the step under way
+    frames      staged so far
+    sealed      the delivery was told that there will be no more
+    held        the block table to copy from when the sequence ended before all was copied
+    finished    the engine said that the request ended
+    layers_sent layers of blocks that the receiver has: num_layers of them are a block
     """
 
     target: HandoffTarget
     sequence: "Sequence"
     keys: list[bytes]
+    delivery: Delivery
     next_index: int
+    frames: int = 0
+    sealed: bool = False
     held: list[int] | None = None
     finished: bool = False
 
     ended: bool = False
-    cancelled: bool = False
-    work: "asyncio.Task[None] | None" = None
-    blocks_sent: int = 0
+    layers_sent: int = 0
     bytes_sent: int = 0
-    # `complete`: nothing more will be staged; `stirred`: a block or an answer came.
-    complete: bool = False
-    staged: "collections.deque[_Staged]" = field(default_factory=collections.deque)
-    stirred: asyncio.Event = field(default_factory=asyncio.Event)
     span: Span | None = None
 
     @property
@@ -99,15 +88,16 @@ class _Job:
     def all_staged(self) -> bool:
         return self.next_index >= len(self.keys)
 
-    def cancel(self) -> None:
-        """On the loop. Counts also when the work has not begun."""
-        self.cancelled = True
-        if self.work is not None:
-            self.work.cancel()
 
+@dataclass(slots=True, eq=False)
+class _Live:
+    """Blocks that the step under way completes: `next_layer` is the first that is not staged."""
 
-class _Refused(HandoffError):
-    """The receiver will not take this handoff's blocks: another connection would not help."""
+    job: _Job
+    first: int
+    block_ids: list[int]
+    layers_at_once: int
+    next_layer: int = 0
 
 
 class HandoffSender(KVConnector):
@@ -138,7 +128,7 @@ class HandoffSender(KVConnector):
         self._tracing = tracing
         self._caches: KVCaches | None = None
         self._jobs: dict[str, _Job] = {}
-        self._step: list[tuple[_Job, int]] = []
+        self._live: list[_Live] = []
         self._ended: collections.deque[_Job] = collections.deque()
         self._events: collections.Counter[str] = collections.Counter()
         # Shared by the engine's thread, the loop and the service: all below.
@@ -175,20 +165,19 @@ class HandoffSender(KVConnector):
     # Scheduler side -----------------------------------------------------------------------
 
     def build_connector_meta(self, plan: "StepPlan | None") -> Any:
-        self._step = []
+        self._drop_live()
         if plan is None:
             return None
         for sequence, start, scheduled in zip(
             plan.sequences, plan.start, plan.scheduled, strict=True
         ):
-            if isinstance(sequence.request.transfer, HandoffTarget):
-                self._step.append((self._job(sequence), start + scheduled))
+            wanted = isinstance(sequence.request.transfer, HandoffTarget)
+            # What another connector loads within the step is verified at its end: sent later.
+            if wanted and sequence.request_id not in plan.loading:
+                job = self._job(sequence)
+                self._stage(job, sequence.block_table, start)
+                self._go_live(job, start + scheduled)
         return None
-
-    def wait_for_save(self) -> None:
-        step, self._step = self._step, []
-        for job, computed in step:
-            self._stage(job, job.sequence.block_table, computed)
 
     def request_finished(self, sequence: "Sequence", block_ids: list[int]) -> bool:
         if not isinstance(sequence.request.transfer, HandoffTarget):
@@ -224,16 +213,31 @@ class HandoffSender(KVConnector):
     def register_kv_caches(self, caches: KVCaches) -> None:
         self._caches = caches
 
+    def save_kv_layer(self, layer: int) -> None:
+        # The layers before this one: with several ranks, one's heads of a layer are known to be
+        # written only after the sums that follow its attention.
+        for live in self._live:
+            if layer - live.next_layer >= live.layers_at_once:
+                self._stage_live(live, layer)
+
+    def wait_for_save(self) -> None:
+        live, self._live = self._live, []
+        for blocks in live:
+            self._stage_live(blocks, self._need_caches().layout.num_layers)
+            self._seal(blocks.job)
+
     def get_finished(self, finished_request_ids: set[str]) -> tuple[set[str], set[str]]:
         done: set[str] = set()
+        num_layers = self._need_caches().layout.num_layers
         while self._ended:
             job = self._ended.popleft()
             self._drop_if_over(job)
             if job.held is not None:
                 job.held = None
                 done.add(job.request_id)
-            self._events["handoff_blocks_sent"] += job.blocks_sent
+            self._events["handoff_blocks_sent"] += job.layers_sent // num_layers
             self._events["handoff_bytes_sent"] += job.bytes_sent
+            self._events["handoff_frames_sent"] += job.frames
         for job in self._jobs.values():
             if job.ended:
                 continue
@@ -272,7 +276,9 @@ class HandoffSender(KVConnector):
         if job is not None:
             self._cancel(job)
         target: HandoffTarget = sequence.request.transfer
-        job = _Job(target, sequence, self._keys(sequence), target.first_block)
+        keys = self._keys(sequence)
+        delivery = Delivery(target, len(keys), self._transport, lambda s: self._settled(job, s))
+        job = _Job(target, sequence, keys, delivery, target.first_block)
         self._jobs[sequence.request_id] = job
         self.completion(sequence.request_id)
         if self._tracing is not None:
@@ -282,8 +288,7 @@ class HandoffSender(KVConnector):
                 attributes={"request.id": job.request_id, "handoff.id": target.id.hex()},
             )
         self._loop.run(self._run(job))
-        if job.all_staged:
-            self._loop.call_soon(self._put, job, None)
+        self._seal(job)
         return job
 
     def _keys(self, sequence: "Sequence") -> list[bytes]:
@@ -300,22 +305,79 @@ class HandoffSender(KVConnector):
 
     def _stage(self, job: _Job, block_ids: list[int], computed: int) -> None:
         """Copy the blocks that `computed` tokens complete and that were not copied before."""
-        layout, target = self._need_caches().layout, job.sequence.target
-        ready = len(job.keys) if computed >= target else computed // layout.block_size
-        count = self._reserve(ready - job.next_index)
-        if count <= 0 or job.ended:
-            self._unreserve(max(0, count))
-            return
+        layout = self._need_caches().layout
+        first, count = self._claim(job, computed)
+        # Blocks that a cache held are told apart from those computed for this request.
+        cached = job.sequence.cached_tokens // layout.block_size
+        middle = min(max(first, cached), first + count)
+        for start, end in ((first, middle), (middle, first + count)):
+            ids = block_ids[start:end]
+            self._stage_layers(job, start, ids, range(layout.num_layers), end <= cached)
+        self._seal(job)
+
+    def _go_live(self, job: _Job, computed: int) -> None:
+        """Have the blocks that this step completes copied layer by layer."""
+        layout = self._need_caches().layout
+        first, count = self._claim(job, computed)
+        if count:
+            ids = job.sequence.block_table[first : first + count]
+            at_once = -(-MIN_FRAME_BYTES // (count * layout.layer_bytes))
+            self._live.append(_Live(job, first, ids, at_once))
+
+    def _claim(self, job: _Job, computed: int) -> tuple[int, int]:
+        """The next blocks that `computed` tokens complete, as many as there is room for: the first
+        one's index, and how many. They count as staged from now on."""
+        layout = self._need_caches().layout
+        ready = len(job.keys)
+        if computed < job.sequence.target:
+            ready = computed // layout.block_size
         first = job.next_index
+        count = 0 if job.ended else self._reserve(ready - first)
         job.next_index += count
-        pages = copy_pages(self._need_caches().cache, block_ids[first : first + count])
-        for index, page in enumerate(pages, first):
-            tokens = min(layout.block_size, target - index * layout.block_size)
-            cached = (index + 1) * layout.block_size <= job.sequence.cached_tokens
-            staged = _Staged(index, job.keys[index], tokens, cached, page)
+        return first, count
+
+    def _stage_live(self, live: _Live, end: int) -> None:
+        """Copy the layers up to `end` that were not copied before."""
+        layers, live.next_layer = range(live.next_layer, end), end
+        self._stage_layers(live.job, live.first, live.block_ids, layers, cached=False)
+
+    def _stage_layers(
+        self, job: _Job, first: int, block_ids: list[int], layers: range, cached: bool
+    ) -> None:
+        """Copy layers of blocks and hand them to the loop, in frames of MAX_FRAME_BYTES at most."""
+        caches = self._need_caches()
+        layout, target = caches.layout, job.sequence.target
+        for blocks, part in _pieces(len(block_ids), layers, layout.layer_bytes):
+            last = first + blocks.stop - 1
+            staged = Staged(
+                number=job.frames,
+                first_block=first + blocks.start,
+                num_blocks=len(blocks),
+                range=BlockRange(0, layout.num_kv_heads, part.start, len(part)),
+                key=job.keys[last],
+                token_count=min(layout.block_size, target - last * layout.block_size),
+                cached=cached,
+                payload=copy_layers(
+                    caches.cache, layout, block_ids[blocks.start : blocks.stop], part
+                ),
+            )
+            job.frames += 1
             self._loop.call_soon(self._put, job, staged)
-        if job.all_staged:
-            self._loop.call_soon(self._put, job, None)
+
+    def _seal(self, job: _Job) -> None:
+        """Tell the delivery once that all was staged."""
+        if job.all_staged and not job.sealed and not any(live.job is job for live in self._live):
+            job.sealed = True
+            self._loop.call_soon(job.delivery.put, None)
+
+    def _drop_live(self) -> None:
+        """A step that broke: what it did not stage is not staged any more."""
+        live, self._live = self._live, []
+        layout = self._need_caches().layout
+        for blocks in live:
+            layers = layout.num_layers - blocks.next_layer
+            self._unreserve(len(blocks.block_ids) * layers * layout.layer_bytes)
+            self._cancel(blocks.job)
 
     def _reserve(self, wanted: int) -> int:
         """Of `wanted` blocks, how many may be copied now: one at least when none waits."""
@@ -328,12 +390,12 @@ class HandoffSender(KVConnector):
             self._staged_bytes += count * size
             return count
 
-    def _unreserve(self, blocks: int) -> None:
+    def _unreserve(self, size: int) -> None:
         with self._lock:
-            self._staged_bytes -= blocks * self._need_caches().layout.block_bytes
+            self._staged_bytes -= size
 
     def _cancel(self, job: _Job) -> None:
-        self._loop.call_soon(job.cancel)
+        self._loop.call_soon(job.delivery.cancel)
 
     def _drop_if_over(self, job: _Job) -> None:
         """Forget a job once its transfer ended and the engine knows no more of its request."""
@@ -347,108 +409,26 @@ class HandoffSender(KVConnector):
 
     # Sending, on the loop -----------------------------------------------------------------
 
-    def _put(self, job: _Job, staged: _Staged | None) -> None:
-        """A block to be sent; None when there will be no more."""
-        if staged is None:
-            job.complete = True
-        elif job.ended:
-            self._unreserve(1)
-        else:
-            job.staged.append(staged)
-        job.stirred.set()
+    def _put(self, job: _Job, staged: Staged) -> None:
+        if not job.delivery.put(staged):
+            self._unreserve(len(staged.payload))
 
-    async def _run(self, job: _Job) -> None:
-        error: Exception | None = None
-        unanswered: collections.deque[_Staged] = collections.deque()
-        job.work = asyncio.create_task(self._deliver(job, unanswered))
-        if job.cancelled:
-            job.work.cancel()
-        try:
-            async with asyncio.timeout(job.target.lease_ms / 1000):
-                await job.work
-        except TimeoutError:
-            error = HandoffError(f"the lease of {job.target.lease_ms} ms ended")
-        except BatonError as failure:
-            error = failure
-        except asyncio.CancelledError:
-            error = Cancelled("the request ended before its KV was sent")
-        except Exception as crash:
-            log.exception("handoff_crashed", handoff=job.target.id.hex())
-            error = crash
-        self._unreserve(len(unanswered) + len(job.staged))
-        job.staged.clear()
-        self._finish(job, error)
-
-    async def _deliver(self, job: _Job, unanswered: "collections.deque[_Staged]") -> None:
-        """Send until all is answered; a link that breaks is made anew once."""
-        for last in (False, True):
-            try:
-                await self._deliver_once(job, unanswered)
-                return
-            except _Refused:
-                raise
-            except HandoffError as error:
-                if last:
-                    raise
-                log.info("handoff_link_broke", address=job.target.data_address, error=str(error))
-
-    async def _deliver_once(self, job: _Job, unanswered: "collections.deque[_Staged]") -> None:
-        link = await self._transport.connect(job.target.data_address)
-        answers: collections.deque[asyncio.Future[int]] = collections.deque()
-        to_resend = collections.deque(unanswered)
-        while to_resend or job.staged or answers or not job.complete:
-            job.stirred.clear()
-            while answers and answers[0].done():
-                # Off the list only once it is settled: an answer that failed is sent again.
-                self._settle(job, unanswered[0], answers[0])
-                unanswered.popleft()
-                answers.popleft()
-                self._unreserve(1)
-            if to_resend:
-                staged = to_resend.popleft()
-            elif job.staged:
-                staged = job.staged.popleft()
-                unanswered.append(staged)
-            else:
-                if answers or not job.complete:
-                    await job.stirred.wait()
-                continue
-            answer = await self._send(job, link, staged)
-            answer.add_done_callback(lambda _: job.stirred.set())
-            answers.append(answer)
-
-    async def _send(self, job: _Job, link: Link, staged: _Staged) -> "asyncio.Future[int]":
-        target = job.target
-        envelope = Envelope(
-            handoff_id=target.id,
-            incarnation=incarnation_digest(target.incarnation),
-            generation=target.generation,
-            block_index=staged.index,
-            total=len(job.keys),
-            cached=staged.cached,
-        )
-        whole = BlockRange.whole(self._need_caches().layout)
-        header = encode_block_header(staged.key, whole, staged.token_count, staged.payload)
-        return await link.send(encode_envelope(envelope) + header, staged.payload)
-
-    def _settle(self, job: _Job, staged: _Staged, answer: "asyncio.Future[int]") -> None:
-        """Take the answer to a block. Raises when it was refused or its link broke."""
-        verdict = Verdict.of(answer.result())
-        if not verdict.harmless:
-            raise _Refused(
-                f"{job.target.data_address} refused block {staged.index} of handoff "
-                f"{job.target.id.hex()}, attempt {job.target.generation}: {verdict.name.lower()}"
-            )
-        job.blocks_sent += 1
+    def _settled(self, job: _Job, staged: Staged) -> None:
+        self._unreserve(len(staged.payload))
+        job.layers_sent += staged.num_blocks * staged.range.layer_count
         job.bytes_sent += len(staged.payload)
         if not job.all_staged:
             self._need_caches().wake()
 
-    def _finish(self, job: _Job, error: Exception | None) -> None:
+    async def _run(self, job: _Job) -> None:
+        error = await job.delivery.run()
+        self._unreserve(job.delivery.unsent_bytes())
         job.ended = True
+        blocks = job.layers_sent // self._need_caches().layout.num_layers
         if job.span is not None:
-            job.span.set_attribute("handoff.blocks", job.blocks_sent)
+            job.span.set_attribute("handoff.blocks", blocks)
             job.span.set_attribute("handoff.bytes", job.bytes_sent)
+            job.span.set_attribute("handoff.frames", job.frames)
             if error is not None:
                 fail(job.span, str(error))
             job.span.end()
@@ -456,11 +436,12 @@ class HandoffSender(KVConnector):
             "handoff_failed" if error else "handoff_sent",
             handoff=job.target.id.hex(),
             request=job.request_id,
-            blocks=job.blocks_sent,
+            blocks=blocks,
             bytes=job.bytes_sent,
+            frames=job.frames,
             error=str(error) if error else None,
         )
-        self._resolve(job.request_id, SendResult(job.blocks_sent, job.bytes_sent, error))
+        self._resolve(job.request_id, SendResult(blocks, job.bytes_sent, error))
         self._ended.append(job)
         self._need_caches().wake()
         if error is not None and self._on_failure is not None:
@@ -473,3 +454,14 @@ class HandoffSender(KVConnector):
             # The service may cancel its future at this very moment.
             with contextlib.suppress(InvalidStateError):
                 future.set_result(result)
+
+
+def _pieces(num_blocks: int, layers: range, layer_bytes: int) -> Iterator[tuple[range, range]]:
+    """Blocks and layers of frames that hold all of them, each MAX_FRAME_BYTES at most where one
+    layer of one block is no more."""
+    layers_at_once = max(1, MAX_FRAME_BYTES // layer_bytes)
+    for layer in range(layers.start, layers.stop, layers_at_once):
+        part = range(layer, min(layer + layers_at_once, layers.stop))
+        blocks_at_once = max(1, MAX_FRAME_BYTES // (len(part) * layer_bytes))
+        for block in range(0, num_blocks, blocks_at_once):
+            yield range(block, min(block + blocks_at_once, num_blocks)), part

@@ -199,7 +199,8 @@ class StoreConnector(KVConnector):
 
     def build_connector_meta(self, plan: "StepPlan | None") -> Any:
         steps = zip(plan.sequences, plan.start, plan.scheduled, strict=True) if plan else ()
-        self._step = list(steps)
+        # What another connector loads within the step is not known to be good when it is over.
+        self._step = [s for s in steps if plan and s[0].request_id not in plan.loading]
         starting, self._to_start = self._to_start, []
         return starting
 

@@ -15,6 +15,7 @@ from common.engine.engine import Engine
 from common.engine.sampling_params import SamplingParams
 from common.engine.sequence import EngineRequest, RequestOutput
 from common.errors import BatonError, Unavailable
+from common.faults import Faults
 from common.kv.connector import KVConnector
 from common.rpc.lifecycle import Lifecycle
 from common.worker.settings import WorkerSettings
@@ -48,6 +49,7 @@ class EngineHost:
         self.data_address = ""
         self.data_links: Callable[[], dict[str, str]] = dict
         self.step = 0
+        self.faults = Faults(settings.faults)
         self._lifecycle = lifecycle
         self._loop = asyncio.get_running_loop()
         self._engine: Engine | None = None
@@ -151,6 +153,8 @@ class EngineHost:
 
     def _on_step(self, outputs: list[RequestOutput]) -> None:
         """On the engine's thread, once a step: one hop to the loop for all requests."""
+        if self.faults.at("engine.step"):
+            self.faults.strike("engine.step")
         self._post(self._deliver, outputs)
 
     def _post(self, function: Callable[..., object], *args: object) -> None:

@@ -47,6 +47,9 @@ class WorkerSettings(ServiceSettings):
     device: str = Field("cpu", description="torch device")
     kernels: str = Field("auto", description="auto or reference: the kernels of the model")
     threads: int | None = Field(None, description="torch threads; unset: torch's own choice")
+    faults: str = Field(
+        "", description="faults on purpose, for tests of failures; see docs/reliability.md"
+    )
     tensor_parallel: int = Field(
         1, description="processes that compute each step together; they share the threads"
     )

@@ -13,3 +13,6 @@ class KVStoreConfig(ServiceSettings):
     max_bytes: ByteSize = Field(
         ByteSize(512 * 2**20), ge=2**20, description="memory for blocks, for example 512MiB"
     )
+    faults: str = Field(
+        "", description="faults on purpose, for tests of failures; see docs/reliability.md"
+    )

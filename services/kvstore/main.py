@@ -7,6 +7,7 @@ from importlib.metadata import version
 import structlog
 
 from baton.v1 import kvstore_pb2_grpc, worker_pb2, worker_pb2_grpc
+from common.faults import Faults
 from common.rpc import status
 from common.rpc.server import Lifecycle, RpcServer, run_service
 from common.settings import read_settings
@@ -29,7 +30,7 @@ class KVStoreApp:
         self._tracing = tracing.setup("kvstore", config.otlp_endpoint)
         self._server = RpcServer(config.host, config.port)
         self._server.add(
-            KVStoreServicer(self._store),
+            KVStoreServicer(self._store, Faults(config.faults)),
             kvstore_pb2_grpc.add_KVStoreServiceServicer_to_server,
             SERVICE_NAME,
         )

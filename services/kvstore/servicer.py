@@ -9,6 +9,7 @@ import grpc
 from baton.v1 import kvstore_pb2 as pb
 from baton.v1 import kvstore_pb2_grpc
 from common.errors import InvalidRequest
+from common.faults import Faults
 from common.kv.wire import KEY_BYTES
 from services.kvstore.store import BlockStore
 
@@ -22,8 +23,9 @@ TURN_S = 0.005
 class KVStoreServicer(kvstore_pb2_grpc.KVStoreServiceServicer):
     """All calls run on one loop, so the store needs no lock."""
 
-    def __init__(self, store: BlockStore) -> None:
+    def __init__(self, store: BlockStore, faults: Faults) -> None:
         self._store = store
+        self._faults = faults
 
     async def LookupBlocks(
         self, request: pb.LookupBlocksRequest, context: grpc.aio.ServicerContext
@@ -37,7 +39,15 @@ class KVStoreServicer(kvstore_pb2_grpc.KVStoreServiceServicer):
             frame = self._store.get(key)
             if frame is None:
                 return
+            if self._faults.at("store.get"):
+                frame = await self._spoil(frame)
             yield pb.GetBlocksResponse(frame=frame)
+
+    async def _spoil(self, frame: bytes) -> bytes:
+        rules = {rule.kind: rule for rule in self._faults.draw("store.get")}
+        for rule in rules.values():
+            await asyncio.sleep(rule.seconds)
+        return b"" if "drop" in rules else self._faults.damage("store.get", frame, rules)
 
     async def PutBlocks(
         self,

@@ -8,7 +8,7 @@ import structlog
 from baton.v1 import worker_pb2 as pb
 from baton.v1 import worker_pb2_grpc
 from common.kv.connectors.handoff import HandoffSender
-from common.kv.transports import DataPlane
+from common.kv.transports import DataPlane, with_faults
 from common.rpc.loop import LoopThread
 from common.rpc.server import Lifecycle, RpcServer, run_service
 from common.rpc.status import SERVICE_NAME, WorkerStatusServicer
@@ -33,7 +33,7 @@ class PrefillApp:
             loop=self._loop,
             max_staged_bytes=int(config.max_staged_bytes),
             on_failure=self._host.abort_soon,
-            transport=DataPlane(config.transport_names),
+            transport=with_faults(DataPlane(config.transport_names), self._host.faults),
             tracing=self._tracing,
         )
         self._host.data_links = self._sender.links

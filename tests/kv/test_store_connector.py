@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from baton.v1 import kvstore_pb2, kvstore_pb2_grpc
+from common.faults import Faults
 from common.kv.connectors import store_client
 from common.kv.connectors.store import StoreConnector, StoreSettings
 from common.kv.wire import BlockRange, encode_block
@@ -50,7 +51,7 @@ class FakeStore(KVStoreServicer):
     """A store in this process, on a loop of its own, whose answers a test may change."""
 
     def __init__(self):
-        super().__init__(BlockStore(1 << 28))
+        super().__init__(BlockStore(1 << 28), Faults(""))
         self.lookups = 0
         self.on_lookup = self.on_get = self.on_put = None
         self.loop = LoopThread("test-store")

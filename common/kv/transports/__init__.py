@@ -1,6 +1,7 @@
 """Transports of the data plane. docs/transports.md says how each works and how to add one."""
 
 from common.kv.transports.base import FrameHandler, Link, SideTransport, Transport
+from common.kv.transports.faulty import with_faults
 from common.kv.transports.plane import NAMES, SIDE_TRANSPORTS, DataPlane, parse_names
 from common.kv.transports.tcp import TcpTransport
 
@@ -14,4 +15,5 @@ __all__ = [
     "TcpTransport",
     "Transport",
     "parse_names",
+    "with_faults",
 ]

@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--url", help="use this endpoint")
     add("--chat", action="store_true", help="send each prompt as a user's message")
     add("--dtype", default="auto", help="offline: auto, float32 or bfloat16")
+    add("--quantization", help="offline: fp8 or fp8-block, quantize on load")
     add("--max-model-len", type=int, help="offline: most tokens of a sequence")
     add("--device", default="cpu", help="offline: torch device")
     add("--json", action="store_true", help="one JSON object a line")

@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("baton.cli.generate", "complete prompts, with a model folder or an endpoint"),
     "doctor": ("baton.cli.doctor", "check this machine, and say what to do"),
     "serve": ("baton.cli.serve", "run one service: gateway, prefill, decode or kvstore"),
+    "quantize": ("baton.cli.quantize", "write an FP8 checkpoint from an unquantized one"),
     "eval": ("baton.eval.run", "exact-match accuracy of a model folder or an endpoint"),
     "bench": ("baton.cli.bench", "benchmark a running endpoint"),
 }

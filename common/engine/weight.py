@@ -36,7 +36,7 @@ class Weight:
         return replace(self, **moved)
 
 
-def part(weight: Weight, name: str, rows: range | None, columns: range | None) -> Weight:
+def cut(weight: Weight, name: str, rows: range | None, columns: range | None) -> Weight:
     """These rows and columns of a matrix, None for all of them.
 
     Raises ConfigError, with the name, for a range that cuts through a block with a scale.

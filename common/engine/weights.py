@@ -8,7 +8,7 @@ from common.engine.checkpoint import Checkpoint
 from common.engine.kernels import Linear, Ops
 from common.engine.quantization.read import read_plain, read_weight
 from common.engine.quantization.scheme import Quantization
-from common.engine.weight import Weight, fuse, part
+from common.engine.weight import Weight, cut, fuse
 
 
 class WeightReader:
@@ -76,7 +76,7 @@ class WeightReader:
     ) -> Weight:
         """The module's matrix or the part of it, float values in the compute dtype."""
         weight = read_weight(self.checkpoint, module, self.quantization)
-        weight = part(weight, module, rows, columns)
+        weight = cut(weight, module, rows, columns)
         if weight.activation is not None:
             return weight
         return Weight(weight.values.to(self.dtype, copy=True))

@@ -14,8 +14,11 @@ import torch
 from baton import LLM, SamplingParams
 from common.engine.config import ModelConfig
 from common.engine.parallel.shard import Shard
+from common.engine.quantization.fp8 import quantize_weight
+from common.engine.quantization.scheme import SCHEMES, Activation
+from common.engine.weight import cut
 from common.errors import CheckpointError, ConfigError, Unavailable
-from tests.engine import zoo
+from tests.engine import published, zoo
 from tests.engine.driving import make_batch, make_runner, prompt_logits
 from tests.support.mesh import wait_until
 from tests.support.ranks import alive, ranks_of
@@ -105,7 +108,54 @@ def test_a_step_without_logits_ends_when_every_rank_has_written_its_heads(tmp_pa
         ranks.close()
 
 
+@pytest.mark.parametrize("name", ["autofp8-static", "deepseek"])
+def test_ranks_share_the_matrices_of_a_quantized_checkpoint(name, tmp_path):
+    shape = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128}
+    source = zoo.make_checkpoint(
+        "llama", False, tmp_path / "float", intermediate_size=384, num_hidden_layers=2, **shape
+    )
+    path = published.publish(source, tmp_path / "model", name).path
+    prompt, table = zoo.random_prompt(60, seed=1), [7, 2, 9, 4]
+    alone = make_runner(path, num_blocks=20, kv_dtype="fp8_e4m3")
+    ranks = make_runner(path, num_blocks=20, kv_dtype="fp8_e4m3", tensor_parallel=2)
+    try:
+        want = prompt_logits(alone, prompt, table, [17, 1, 42])
+        error = (prompt_logits(ranks, prompt, table, [17, 1, 42]) - want).abs()
+    finally:
+        ranks.close()
+    # Sums in another order may tip a value on the edge between two quantized ones.
+    effect = (want - zoo.expected_logits(source, prompt)).abs()
+    assert error.max() < effect.max() / 20
+    assert error.median() < effect.median() / 1000
+
+
 # What each rank holds ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_a_part_of_a_quantized_matrix_has_the_scales_of_its_place(scheme):
+    weight = torch.randn(300, 520, generator=torch.Generator().manual_seed(1))
+    whole = quantize_weight(weight, scheme)
+    for rows, columns in ((range(128, 300), range(384)), (range(256), None), (None, None)):
+        got = dense(cut(whole, "a.proj", rows, columns))
+        want = dense(whole)[rows.start if rows else 0 : rows.stop if rows else 300]
+        assert torch.equal(got, want[:, : columns.stop] if columns else want)
+
+
+def dense(weight):
+    """What it means: values times scales."""
+    scale = weight.scale
+    if weight.activation is Activation.GROUP:
+        scale = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        scale = scale[: weight.values.shape[0], : weight.values.shape[1]]
+    return weight.values.float() * scale
+
+
+def test_a_cut_through_a_block_with_one_scale_is_refused():
+    weight = quantize_weight(torch.ones(256, 256), SCHEMES["fp8-block"])
+    for rows, columns in ((range(64, 256), None), (range(64), None), (None, range(100, 200))):
+        with pytest.raises(ConfigError, match=r"a.proj: .*set tensor_parallel lower"):
+            cut(weight, "a.proj", rows, columns)
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,8 @@ class ModelRunner:
             self._load(TORCH_DTYPES[dtype])
             if self._ranks is not None:
                 self._ranks.wait_loaded()
-                self.connect()
+                with self._ranks.explained("the ranks did not meet"):
+                    self.connect()
         except BaseException:
             self.close()
             raise
@@ -153,10 +154,8 @@ class ModelRunner:
             for layer in range(self.layout.num_layers):
                 connector.wait_for_layer_load(layer)
         self._ranks.send(batch)
-        try:
+        with self._ranks.explained("rank 0 broke off a step"):
             return self._model.forward(batch, self._cache, connector)
-        except Exception as error:
-            raise self._ranks.explain(f"rank 0 broke off a step ({error})") from error
 
     def build_batch(self, plan: StepPlan) -> Batch:
         """The tensors of a plan; logit rows in the order of its sampled sequences, then those
@@ -289,6 +288,8 @@ def _share_threads(config: EngineConfig) -> EngineConfig:
             "share their KV cache in the machine's memory: set device to cpu, or tensor_parallel "
             "to 1"
         )
+    if not hasattr(os, "memfd_create"):
+        raise ConfigError("tensor_parallel over 1 needs Linux; set it to 1")
     threads = config.threads or torch.get_num_threads()
     return replace(config, threads=max(1, threads // config.tensor_parallel))
 

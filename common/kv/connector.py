@@ -88,10 +88,11 @@ class KVConnector:
         """Begin the loads of this step."""
 
     def wait_for_layer_load(self, layer: int) -> None:
-        """Before a layer reads its KV."""
+        """Before a layer reads its KV. Of several ranks none has read any layer then; it is called
+        again before rank 0 reads this one."""
 
     def save_kv_layer(self, layer: int) -> None:
-        """After a layer wrote its KV."""
+        """After a layer's KV of this step is in the pages, that of all ranks."""
 
     def wait_for_save(self) -> None:
         """After the step: everything to be saved was copied or is held by request_finished."""

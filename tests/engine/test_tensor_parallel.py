@@ -7,12 +7,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
 
 from baton import LLM, SamplingParams
 from common.engine.config import ModelConfig
+from common.engine.parallel import group
 from common.engine.parallel.shard import Shard
 from common.engine.quantization.fp8 import quantize_weight
 from common.engine.quantization.scheme import SCHEMES, Activation
@@ -47,10 +49,9 @@ def given(prompts):
     ("size", "arch", "tied", "shape"),
     [
         (2, "llama", True, {}),
-        (2, "llama_bias", False, {}),
         (2, "mistral_window", False, {}),
         (2, "qwen3", False, {}),
-        (4, "llama31", False, FOUR_KV),
+        (4, "llama_bias", False, FOUR_KV),
         (4, "qwen2", True, TWO_KV),  # each KV head is read by two ranks, written by one
     ],
 )
@@ -251,4 +252,16 @@ def test_a_rank_that_is_killed_ends_every_request_with_its_name_within_seconds()
         assert not llm.engine.state().healthy
         with pytest.raises(Unavailable, match="rank 1"):
             llm.generate(given([prompt]), long)
+    assert not alive(pid)
+
+
+def test_a_rank_that_is_stuck_ends_every_request_when_its_time_is_over(monkeypatch):
+    monkeypatch.setattr(group, "TIMEOUT", timedelta(seconds=2))
+    with make_llm(zoo.checkpoint("llama", False), 2) as llm:
+        (pid,) = ranks_of(os.getpid())
+        os.kill(pid, signal.SIGSTOP)
+        began = time.monotonic()
+        with pytest.raises(Unavailable, match="rank 0 broke off a step"):
+            llm.generate(given([[5, 6, 7]]), GREEDY)
+        assert time.monotonic() - began < 2 + DEATH_S
     assert not alive(pid)

@@ -15,7 +15,8 @@ from baton import LLM, SamplingParams
 from tests.support.mesh import TINY, Mesh, Service, wait_until
 from tests.support.ranks import ranks_of
 
-TWO = ["--tensor-parallel", "2", "--threads", "2"]
+TWO = ["--tensor-parallel", "2"]
+FOUR = ["--tensor-parallel", "4"]
 PROMPTS = [f"{i} codes: river=48{i} lamp=19{i} stone=27{i} cloud=91{i} " * 4 for i in range(6)]
 TOKENS = 24
 DEATH_S = 5.0
@@ -47,6 +48,14 @@ def test_two_prefill_ranks_hand_their_kv_to_one_decode_process(
     tmp_path: Path, expected: list[str]
 ) -> None:
     with Mesh(tmp_path, args={"prefill": TWO}) as mesh:
+        check_tokens_and_handoffs(mesh, expected)
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(TWO, FOUR), (FOUR, TWO)], ids=["2-4", "4-2"])
+def test_prefill_ranks_hand_their_kv_to_another_number_of_decode_ranks(
+    tmp_path: Path, expected: list[str], prefill: list[str], decode: list[str]
+) -> None:
+    with Mesh(tmp_path, kvstore=0, args={"prefill": prefill, "decode": decode}) as mesh:
         check_tokens_and_handoffs(mesh, expected)
 
 

@@ -1,7 +1,6 @@
 """Rank 0's side: starts the processes of the other ranks, sends them steps, notices their end."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -9,18 +8,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import asdict
 from pathlib import Path
+
+import structlog
 
 from common.engine.batch import Batch
 from common.engine.config import EngineConfig
 from common.engine.parallel.wire import encode_batch, receive_json, send_json
 from common.errors import BatonError, CheckpointError, ConfigError, Unavailable
 
-# What a rank gets to end by itself once its socket is closed.
-END_S = 5.0
+log = structlog.get_logger("ranks")
+
+# What a rank gets to end by itself once its socket is closed: it needs next to nothing.
+END_S = 1.0
 # A rank's death breaks rank 0's step at once; how it died is known a moment later.
 EXPLAIN_S = 1.0
 # A rank that does not take a step's message for so long is stuck.
@@ -75,14 +78,14 @@ class Ranks:
                 start_new_session=True,
             )
         self._processes.append(process)
-        send_json(ours, json.loads(json.dumps(asdict(config), default=str)))
+        send_json(ours, {**asdict(config), "model": str(config.model)})
 
     def wait_loaded(self) -> None:
         """Returns when every rank has loaded its part. Raises what kept one from it."""
         for rank, peer in enumerate(self._sockets, 1):
             answer = receive_json(peer)
             if answer is None:
-                raise self.explain(f"rank {rank} ended while it loaded")
+                raise self._explain(f"rank {rank} ended while it loaded")
             if "error" in answer:
                 raise ERRORS.get(answer["kind"], BatonError)(f"rank {rank}: {answer['error']}")
             peer.settimeout(SEND_S)
@@ -92,15 +95,22 @@ class Ranks:
         if self.failure.done():
             raise self.failure.result()
         message = encode_batch(batch)
-        try:
+        with self.explained("a step could not be sent to a rank"):
             for peer in self._sockets:
                 peer.sendall(message)
-        except OSError as error:
-            raise self.explain(f"a step could not be sent to a rank ({error})") from error
 
-    def explain(self, symptom: str) -> BatonError:
-        """Why the ranks cannot go on: how one of them died, or else this symptom, which then ends
-        them all: no step after a broken one would find them at the same place."""
+    @contextlib.contextmanager
+    def explained(self, symptom: str) -> Iterator[None]:
+        """What breaks in here ends the ranks: no later step would find them all at one place.
+        Raises how one of them died, or else the symptom."""
+        try:
+            yield
+        except Exception as error:
+            # For the log alone: what broke inside is no caller's business.
+            log.error("ranks_broke", symptom=symptom, error=str(error))
+            raise self._explain(symptom) from error
+
+    def _explain(self, symptom: str) -> BatonError:
         with contextlib.suppress(TimeoutError):
             return self.failure.result(EXPLAIN_S)
         _fail(self.failure, self._processes, symptom)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from baton.v1 import common_pb2 as baton_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62\x61ton/v1/inference.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"\x13\n\x11ListModelsRequest\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.baton.v1.Model\"*\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\":\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"\x89\x01\n\x15\x43hatCompletionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x08messages\x18\x02 \x03(\x0b\x32\x15.baton.v1.ChatMessage\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x0c\n\x04stop\x18\x04 \x03(\t\"\xc2\x01\n\x16\x43hatCompletionResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0e\x63reated_unix_s\x18\x03 \x01(\x03\x12&\n\x07message\x18\x04 \x01(\x0b\x32\x15.baton.v1.ChatMessage\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05usage\x18\x06 \x01(\x0b\x32\x0f.baton.v1.Usage\"O\n\x1bStreamChatCompletionRequest\x12\x30\n\x07request\x18\x01 \x01(\x0b\x32\x1f.baton.v1.ChatCompletionRequest\"\xaf\x01\n\x1cStreamChatCompletionResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0e\x63reated_unix_s\x18\x03 \x01(\x03\x12\r\n\x05\x64\x65lta\x18\x04 \x01(\t\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05usage\x18\x06 \x01(\x0b\x32\x0f.baton.v1.Usage\"\x1b\n\x08TokenIds\x12\x0f\n\x03ids\x18\x01 \x03(\rB\x02\x10\x01\"\xbb\x01\n\x11\x43ompletionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x12.baton.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x11\n\x04\x65\x63ho\x18\x06 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x07\n\x05_echo\"\xbb\x01\n\x12\x43ompletionResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0e\x63reated_unix_s\x18\x03 \x01(\x03\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x15\n\ttoken_ids\x18\x05 \x03(\rB\x02\x10\x01\x12-\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05usage\x18\x07 \x01(\x0b\x32\x0f.baton.v1.Usage\"G\n\x17StreamCompletionRequest\x12,\n\x07request\x18\x01 \x01(\x0b\x32\x1b.baton.v1.CompletionRequest\"\xc2\x01\n\x18StreamCompletionResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0e\x63reated_unix_s\x18\x03 \x01(\x03\x12\r\n\x05\x64\x65lta\x18\x04 \x01(\t\x12\x15\n\ttoken_ids\x18\x05 \x03(\rB\x02\x10\x01\x12-\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05usage\x18\x07 \x01(\x0b\x32\x0f.baton.v1.Usage2\xbf\x03\n\x10InferenceService\x12G\n\nListModels\x12\x1b.baton.v1.ListModelsRequest\x1a\x1c.baton.v1.ListModelsResponse\x12S\n\x0e\x43hatCompletion\x12\x1f.baton.v1.ChatCompletionRequest\x1a .baton.v1.ChatCompletionResponse\x12g\n\x14StreamChatCompletion\x12%.baton.v1.StreamChatCompletionRequest\x1a&.baton.v1.StreamChatCompletionResponse0\x01\x12G\n\nCompletion\x12\x1b.baton.v1.CompletionRequest\x1a\x1c.baton.v1.CompletionResponse\x12[\n\x10StreamCompletion\x12!.baton.v1.StreamCompletionRequest\x1a\".baton.v1.StreamCompletionResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62\x61ton/v1/inference.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"\x13\n\x11ListModelsRequest\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.baton.v1.Model\"*\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\":\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"\xb2\x01\n\x15\x43hatCompletionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x08messages\x18\x02 \x03(\x0b\x32\x15.baton.v1.ChatMessage\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x0c\n\x04stop\x18\x04 \x03(\t\x12\x0e\n\x01n\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x11\n\tbad_words\x18\x06 \x03(\tB\x04\n\x02_n\"\x9d\x01\n\nChatChoice\x12\r\n\x05index\x18\x01 \x01(\r\x12&\n\x07message\x18\x02 \x01(\x0b\x32\x15.baton.v1.ChatMessage\x12-\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\"\x9b\x02\n\x16\x43hatCompletionResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0e\x63reated_unix_s\x18\x03 \x01(\x03\x12&\n\x07message\x18\x04 \x01(\x0b\x32\x15.baton.v1.ChatMessage\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05usage\x18\x06 \x01(\x0b\x32\x0f.baton.v1.Usage\x12%\n\x07\x63hoices\x18\x07 \x03(\x0b\x32\x14.baton.v1.ChatChoice\x12\x30\n\x0fprompt_logprobs\x18\x08 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\"O\n\x1bStreamChatCompletionRequest\x12\x30\n\x07request\x18\x01 \x01(\x0b\x32\x1f.baton.v1.ChatCompletionRequest\"\x9b\x02\n\x1cStreamChatCompletionResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0e\x63reated_unix_s\x18\x03 \x01(\x03\x12\r\n\x05\x64\x65lta\x18\x04 \x01(\t\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05usage\x18\x06 \x01(\x0b\x32\x0f.baton.v1.Usage\x12\r\n\x05index\x18\x07 \x01(\r\x12)\n\x08logprobs\x18\x08 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12\x30\n\x0fprompt_logprobs\x18\t \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\"\x1b\n\x08TokenIds\x12\x0f\n\x03ids\x18\x01 \x03(\rB\x02\x10\x01\"\xe4\x01\n\x11\x43ompletionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x12.baton.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x11\n\x04\x65\x63ho\x18\x06 \x01(\x08H\x01\x88\x01\x01\x12\x0e\n\x01n\x18\x07 \x01(\rH\x02\x88\x01\x01\x12\x11\n\tbad_words\x18\x08 \x03(\tB\x08\n\x06promptB\x07\n\x05_echoB\x04\n\x02_n\"\xa0\x01\n\x10\x43ompletionChoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12)\n\x08logprobs\x18\x05 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\"\x9a\x02\n\x12\x43ompletionResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0e\x63reated_unix_s\x18\x03 \x01(\x03\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x15\n\ttoken_ids\x18\x05 \x03(\rB\x02\x10\x01\x12-\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05usage\x18\x07 \x01(\x0b\x32\x0f.baton.v1.Usage\x12+\n\x07\x63hoices\x18\x08 \x03(\x0b\x32\x1a.baton.v1.CompletionChoice\x12\x30\n\x0fprompt_logprobs\x18\t \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\"G\n\x17StreamCompletionRequest\x12,\n\x07request\x18\x01 \x01(\x0b\x32\x1b.baton.v1.CompletionRequest\"\xae\x02\n\x18StreamCompletionResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0e\x63reated_unix_s\x18\x03 \x01(\x03\x12\r\n\x05\x64\x65lta\x18\x04 \x01(\t\x12\x15\n\ttoken_ids\x18\x05 \x03(\rB\x02\x10\x01\x12-\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05usage\x18\x07 \x01(\x0b\x32\x0f.baton.v1.Usage\x12\r\n\x05index\x18\x08 \x01(\r\x12)\n\x08logprobs\x18\t \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12\x30\n\x0fprompt_logprobs\x18\n \x03(\x0b\x32\x17.baton.v1.TokenLogprobs2\xbf\x03\n\x10InferenceService\x12G\n\nListModels\x12\x1b.baton.v1.ListModelsRequest\x1a\x1c.baton.v1.ListModelsResponse\x12S\n\x0e\x43hatCompletion\x12\x1f.baton.v1.ChatCompletionRequest\x1a .baton.v1.ChatCompletionResponse\x12g\n\x14StreamChatCompletion\x12%.baton.v1.StreamChatCompletionRequest\x1a&.baton.v1.StreamChatCompletionResponse0\x01\x12G\n\nCompletion\x12\x1b.baton.v1.CompletionRequest\x1a\x1c.baton.v1.CompletionResponse\x12[\n\x10StreamCompletion\x12!.baton.v1.StreamCompletionRequest\x1a\".baton.v1.StreamCompletionResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,6 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TOKENIDS'].fields_by_name['ids']._loaded_options = None
   _globals['_TOKENIDS'].fields_by_name['ids']._serialized_options = b'\020\001'
+  _globals['_COMPLETIONCHOICE'].fields_by_name['token_ids']._loaded_options = None
+  _globals['_COMPLETIONCHOICE'].fields_by_name['token_ids']._serialized_options = b'\020\001'
   _globals['_COMPLETIONRESPONSE'].fields_by_name['token_ids']._loaded_options = None
   _globals['_COMPLETIONRESPONSE'].fields_by_name['token_ids']._serialized_options = b'\020\001'
   _globals['_STREAMCOMPLETIONRESPONSE'].fields_by_name['token_ids']._loaded_options = None
@@ -47,23 +49,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATMESSAGE']._serialized_start=181
   _globals['_CHATMESSAGE']._serialized_end=239
   _globals['_CHATCOMPLETIONREQUEST']._serialized_start=242
-  _globals['_CHATCOMPLETIONREQUEST']._serialized_end=379
-  _globals['_CHATCOMPLETIONRESPONSE']._serialized_start=382
-  _globals['_CHATCOMPLETIONRESPONSE']._serialized_end=576
-  _globals['_STREAMCHATCOMPLETIONREQUEST']._serialized_start=578
-  _globals['_STREAMCHATCOMPLETIONREQUEST']._serialized_end=657
-  _globals['_STREAMCHATCOMPLETIONRESPONSE']._serialized_start=660
-  _globals['_STREAMCHATCOMPLETIONRESPONSE']._serialized_end=835
-  _globals['_TOKENIDS']._serialized_start=837
-  _globals['_TOKENIDS']._serialized_end=864
-  _globals['_COMPLETIONREQUEST']._serialized_start=867
-  _globals['_COMPLETIONREQUEST']._serialized_end=1054
-  _globals['_COMPLETIONRESPONSE']._serialized_start=1057
-  _globals['_COMPLETIONRESPONSE']._serialized_end=1244
-  _globals['_STREAMCOMPLETIONREQUEST']._serialized_start=1246
-  _globals['_STREAMCOMPLETIONREQUEST']._serialized_end=1317
-  _globals['_STREAMCOMPLETIONRESPONSE']._serialized_start=1320
-  _globals['_STREAMCOMPLETIONRESPONSE']._serialized_end=1514
-  _globals['_INFERENCESERVICE']._serialized_start=1517
-  _globals['_INFERENCESERVICE']._serialized_end=1964
+  _globals['_CHATCOMPLETIONREQUEST']._serialized_end=420
+  _globals['_CHATCHOICE']._serialized_start=423
+  _globals['_CHATCHOICE']._serialized_end=580
+  _globals['_CHATCOMPLETIONRESPONSE']._serialized_start=583
+  _globals['_CHATCOMPLETIONRESPONSE']._serialized_end=866
+  _globals['_STREAMCHATCOMPLETIONREQUEST']._serialized_start=868
+  _globals['_STREAMCHATCOMPLETIONREQUEST']._serialized_end=947
+  _globals['_STREAMCHATCOMPLETIONRESPONSE']._serialized_start=950
+  _globals['_STREAMCHATCOMPLETIONRESPONSE']._serialized_end=1233
+  _globals['_TOKENIDS']._serialized_start=1235
+  _globals['_TOKENIDS']._serialized_end=1262
+  _globals['_COMPLETIONREQUEST']._serialized_start=1265
+  _globals['_COMPLETIONREQUEST']._serialized_end=1493
+  _globals['_COMPLETIONCHOICE']._serialized_start=1496
+  _globals['_COMPLETIONCHOICE']._serialized_end=1656
+  _globals['_COMPLETIONRESPONSE']._serialized_start=1659
+  _globals['_COMPLETIONRESPONSE']._serialized_end=1941
+  _globals['_STREAMCOMPLETIONREQUEST']._serialized_start=1943
+  _globals['_STREAMCOMPLETIONREQUEST']._serialized_end=2014
+  _globals['_STREAMCOMPLETIONRESPONSE']._serialized_start=2017
+  _globals['_STREAMCOMPLETIONRESPONSE']._serialized_end=2319
+  _globals['_INFERENCESERVICE']._serialized_start=2322
+  _globals['_INFERENCESERVICE']._serialized_end=2769
 # @@protoc_insertion_point(module_scope)

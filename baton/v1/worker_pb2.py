@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from baton.v1 import common_pb2 as baton_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/worker.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"\x11\n\x0fGetStateRequest\"\xda\x02\n\x10GetStateResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x1c\n\x04role\x18\x03 \x01(\x0e\x32\x0e.baton.v1.Role\x12&\n\x06status\x18\x04 \x01(\x0e\x32\x16.baton.v1.WorkerStatus\x12\"\n\x05model\x18\x05 \x01(\x0b\x32\x13.baton.v1.ModelCard\x12\x1c\n\x04load\x18\x06 \x01(\x0b\x32\x0e.baton.v1.Load\x12\x14\n\x0c\x64\x61ta_address\x18\x07 \x01(\t\x12\x0f\n\x07version\x18\x08 \x01(\t\x12=\n\ndata_links\x18\t \x03(\x0b\x32).baton.v1.GetStateResponse.DataLinksEntry\x1a\x30\n\x0e\x44\x61taLinksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x94\x01\n\tModelCard\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12\x13\n\x0b\x62lock_bytes\x18\x04 \x01(\x04\x12\x10\n\x08kv_dtype\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\x0c\x12\x12\n\nvocab_size\x18\x07 \x01(\r\"\xbf\x02\n\x04Load\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x1c\n\x14max_waiting_requests\x18\x03 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x05 \x01(\r\x12\x15\n\rblocks_cached\x18\x06 \x01(\r\x12\x15\n\ropen_handoffs\x18\x07 \x01(\r\x12\x13\n\x0bopen_leases\x18\x08 \x01(\r\x12\x16\n\x0etokens_waiting\x18\t \x01(\x04\x12.\n\x08\x63ounters\x18\n \x03(\x0b\x32\x1c.baton.v1.Load.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"#\n\x0fGetTraceRequest\x12\x10\n\x08trace_id\x18\x01 \x01(\x0c\"7\n\x10GetTraceResponse\x12#\n\x05spans\x18\x01 \x03(\x0b\x32\x14.baton.v1.SpanRecord\"\xa6\x02\n\nSpanRecord\x12\x10\n\x08trace_id\x18\x01 \x01(\x0c\x12\x0f\n\x07span_id\x18\x02 \x01(\x0c\x12\x16\n\x0eparent_span_id\x18\x03 \x01(\x0c\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x0f\n\x07service\x18\x05 \x01(\t\x12\x15\n\rstart_unix_ns\x18\x06 \x01(\x04\x12\x13\n\x0b\x65nd_unix_ns\x18\x07 \x01(\x04\x12\x38\n\nattributes\x18\x08 \x03(\x0b\x32$.baton.v1.SpanRecord.AttributesEntry\x12\r\n\x05\x65rror\x18\t \x01(\x08\x12\x16\n\x0estatus_message\x18\n \x01(\t\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x85\x01\n\x0eSessionRequest\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.baton.v1.HelloH\x00\x12\"\n\x06submit\x18\x02 \x01(\x0b\x32\x10.baton.v1.SubmitH\x00\x12\"\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x10.baton.v1.CancelH\x00\x42\t\n\x07message\"\x1b\n\x05Hello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"\xca\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x14\n\x0cremaining_ms\x18\x04 \x01(\r\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x1a\n\x12prefill_candidates\x18\x06 \x03(\t\x12\x13\n\x0btraceparent\x18\x07 \x01(\t\x12\x12\n\ntracestate\x18\x08 \x01(\t\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"h\n\x0fSessionResponse\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.baton.v1.WelcomeH\x00\x12$\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x13.baton.v1.StepFrameH\x00\x42\t\n\x07message\"4\n\x07Welcome\x12)\n\x05state\x18\x01 \x01(\x0b\x32\x1a.baton.v1.GetStateResponse\"?\n\tStepFrame\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12$\n\x06\x64\x65ltas\x18\x02 \x03(\x0b\x32\x14.baton.v1.TokenDelta\"\xb4\x01\n\nTokenDelta\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\x12-\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x0f.baton.v1.Error\x12\x1a\n\rcached_tokens\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_cached_tokens\"\xd2\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\"\n\x07handoff\x18\x02 \x01(\x0b\x32\x11.baton.v1.Handoff\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x05 \x01(\r\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x14\n\x0c\x64\x61ta_address\x18\x07 \x01(\t\x12\"\n\x05model\x18\x08 \x01(\x0b\x32\x13.baton.v1.ModelCard\"P\n\x07Handoff\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\r\x12\x10\n\x08lease_ms\x18\x04 \x01(\r\"j\n\x0fPrefillResponse\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x02 \x01(\r\x12\x13\n\x0b\x62locks_sent\x18\x03 \x01(\r\x12\x12\n\nbytes_sent\x18\x04 \x01(\x04*Q\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x12\x10\n\x0cROLE_KVSTORE\x10\x03*}\n\x0cWorkerStatus\x12\x1d\n\x19WORKER_STATUS_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATUS_LOADING\x10\x01\x12\x17\n\x13WORKER_STATUS_READY\x10\x02\x12\x1a\n\x16WORKER_STATUS_DRAINING\x10\x03\x32\x95\x01\n\rWorkerService\x12\x41\n\x08GetState\x12\x19.baton.v1.GetStateRequest\x1a\x1a.baton.v1.GetStateResponse\x12\x41\n\x08GetTrace\x12\x19.baton.v1.GetTraceRequest\x1a\x1a.baton.v1.GetTraceResponse2S\n\rDecodeService\x12\x42\n\x07Session\x12\x18.baton.v1.SessionRequest\x1a\x19.baton.v1.SessionResponse(\x01\x30\x01\x32P\n\x0ePrefillService\x12>\n\x07Prefill\x12\x18.baton.v1.PrefillRequest\x1a\x19.baton.v1.PrefillResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/worker.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"\x11\n\x0fGetStateRequest\"\xda\x02\n\x10GetStateResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x1c\n\x04role\x18\x03 \x01(\x0e\x32\x0e.baton.v1.Role\x12&\n\x06status\x18\x04 \x01(\x0e\x32\x16.baton.v1.WorkerStatus\x12\"\n\x05model\x18\x05 \x01(\x0b\x32\x13.baton.v1.ModelCard\x12\x1c\n\x04load\x18\x06 \x01(\x0b\x32\x0e.baton.v1.Load\x12\x14\n\x0c\x64\x61ta_address\x18\x07 \x01(\t\x12\x0f\n\x07version\x18\x08 \x01(\t\x12=\n\ndata_links\x18\t \x03(\x0b\x32).baton.v1.GetStateResponse.DataLinksEntry\x1a\x30\n\x0e\x44\x61taLinksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x94\x01\n\tModelCard\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12\x13\n\x0b\x62lock_bytes\x18\x04 \x01(\x04\x12\x10\n\x08kv_dtype\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\x0c\x12\x12\n\nvocab_size\x18\x07 \x01(\r\"\xbf\x02\n\x04Load\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x1c\n\x14max_waiting_requests\x18\x03 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x05 \x01(\r\x12\x15\n\rblocks_cached\x18\x06 \x01(\r\x12\x15\n\ropen_handoffs\x18\x07 \x01(\r\x12\x13\n\x0bopen_leases\x18\x08 \x01(\r\x12\x16\n\x0etokens_waiting\x18\t \x01(\x04\x12.\n\x08\x63ounters\x18\n \x03(\x0b\x32\x1c.baton.v1.Load.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"#\n\x0fGetTraceRequest\x12\x10\n\x08trace_id\x18\x01 \x01(\x0c\"7\n\x10GetTraceResponse\x12#\n\x05spans\x18\x01 \x03(\x0b\x32\x14.baton.v1.SpanRecord\"\xa6\x02\n\nSpanRecord\x12\x10\n\x08trace_id\x18\x01 \x01(\x0c\x12\x0f\n\x07span_id\x18\x02 \x01(\x0c\x12\x16\n\x0eparent_span_id\x18\x03 \x01(\x0c\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x0f\n\x07service\x18\x05 \x01(\t\x12\x15\n\rstart_unix_ns\x18\x06 \x01(\x04\x12\x13\n\x0b\x65nd_unix_ns\x18\x07 \x01(\x04\x12\x38\n\nattributes\x18\x08 \x03(\x0b\x32$.baton.v1.SpanRecord.AttributesEntry\x12\r\n\x05\x65rror\x18\t \x01(\x08\x12\x16\n\x0estatus_message\x18\n \x01(\t\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x85\x01\n\x0eSessionRequest\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.baton.v1.HelloH\x00\x12\"\n\x06submit\x18\x02 \x01(\x0b\x32\x10.baton.v1.SubmitH\x00\x12\"\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x10.baton.v1.CancelH\x00\x42\t\n\x07message\"\x1b\n\x05Hello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"\xe1\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x14\n\x0cremaining_ms\x18\x04 \x01(\r\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x1a\n\x12prefill_candidates\x18\x06 \x03(\t\x12\x13\n\x0btraceparent\x18\x07 \x01(\t\x12\x12\n\ntracestate\x18\x08 \x01(\t\x12\x15\n\routput_tokens\x18\t \x01(\r\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"h\n\x0fSessionResponse\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.baton.v1.WelcomeH\x00\x12$\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x13.baton.v1.StepFrameH\x00\x42\t\n\x07message\"4\n\x07Welcome\x12)\n\x05state\x18\x01 \x01(\x0b\x32\x1a.baton.v1.GetStateResponse\"?\n\tStepFrame\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12$\n\x06\x64\x65ltas\x18\x02 \x03(\x0b\x32\x14.baton.v1.TokenDelta\"\x91\x02\n\nTokenDelta\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\x12-\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x0f.baton.v1.Error\x12\x1a\n\rcached_tokens\x18\x05 \x01(\rH\x00\x88\x01\x01\x12)\n\x08logprobs\x18\x06 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12\x30\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x17.baton.v1.TokenLogprobsB\x10\n\x0e_cached_tokens\"\xd2\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\"\n\x07handoff\x18\x02 \x01(\x0b\x32\x11.baton.v1.Handoff\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x05 \x01(\r\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x14\n\x0c\x64\x61ta_address\x18\x07 \x01(\t\x12\"\n\x05model\x18\x08 \x01(\x0b\x32\x13.baton.v1.ModelCard\"P\n\x07Handoff\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\r\x12\x10\n\x08lease_ms\x18\x04 \x01(\r\"j\n\x0fPrefillResponse\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x02 \x01(\r\x12\x13\n\x0b\x62locks_sent\x18\x03 \x01(\r\x12\x12\n\nbytes_sent\x18\x04 \x01(\x04*Q\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x12\x10\n\x0cROLE_KVSTORE\x10\x03*}\n\x0cWorkerStatus\x12\x1d\n\x19WORKER_STATUS_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATUS_LOADING\x10\x01\x12\x17\n\x13WORKER_STATUS_READY\x10\x02\x12\x1a\n\x16WORKER_STATUS_DRAINING\x10\x03\x32\x95\x01\n\rWorkerService\x12\x41\n\x08GetState\x12\x19.baton.v1.GetStateRequest\x1a\x1a.baton.v1.GetStateResponse\x12\x41\n\x08GetTrace\x12\x19.baton.v1.GetTraceRequest\x1a\x1a.baton.v1.GetTraceResponse2S\n\rDecodeService\x12\x42\n\x07Session\x12\x18.baton.v1.SessionRequest\x1a\x19.baton.v1.SessionResponse(\x01\x30\x01\x32P\n\x0ePrefillService\x12>\n\x07Prefill\x12\x18.baton.v1.PrefillRequest\x1a\x19.baton.v1.PrefillResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,10 +44,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENDELTA'].fields_by_name['token_ids']._serialized_options = b'\020\001'
   _globals['_PREFILLREQUEST'].fields_by_name['token_ids']._loaded_options = None
   _globals['_PREFILLREQUEST'].fields_by_name['token_ids']._serialized_options = b'\020\001'
-  _globals['_ROLE']._serialized_start=2501
-  _globals['_ROLE']._serialized_end=2582
-  _globals['_WORKERSTATUS']._serialized_start=2584
-  _globals['_WORKERSTATUS']._serialized_end=2709
+  _globals['_ROLE']._serialized_start=2617
+  _globals['_ROLE']._serialized_end=2698
+  _globals['_WORKERSTATUS']._serialized_start=2700
+  _globals['_WORKERSTATUS']._serialized_end=2825
   _globals['_GETSTATEREQUEST']._serialized_start=58
   _globals['_GETSTATEREQUEST']._serialized_end=75
   _globals['_GETSTATERESPONSE']._serialized_start=78
@@ -73,27 +73,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLO']._serialized_start=1426
   _globals['_HELLO']._serialized_end=1453
   _globals['_SUBMIT']._serialized_start=1456
-  _globals['_SUBMIT']._serialized_end=1658
-  _globals['_CANCEL']._serialized_start=1660
-  _globals['_CANCEL']._serialized_end=1688
-  _globals['_SESSIONRESPONSE']._serialized_start=1690
-  _globals['_SESSIONRESPONSE']._serialized_end=1794
-  _globals['_WELCOME']._serialized_start=1796
-  _globals['_WELCOME']._serialized_end=1848
-  _globals['_STEPFRAME']._serialized_start=1850
-  _globals['_STEPFRAME']._serialized_end=1913
-  _globals['_TOKENDELTA']._serialized_start=1916
-  _globals['_TOKENDELTA']._serialized_end=2096
-  _globals['_PREFILLREQUEST']._serialized_start=2099
-  _globals['_PREFILLREQUEST']._serialized_end=2309
-  _globals['_HANDOFF']._serialized_start=2311
-  _globals['_HANDOFF']._serialized_end=2391
-  _globals['_PREFILLRESPONSE']._serialized_start=2393
-  _globals['_PREFILLRESPONSE']._serialized_end=2499
-  _globals['_WORKERSERVICE']._serialized_start=2712
-  _globals['_WORKERSERVICE']._serialized_end=2861
-  _globals['_DECODESERVICE']._serialized_start=2863
-  _globals['_DECODESERVICE']._serialized_end=2946
-  _globals['_PREFILLSERVICE']._serialized_start=2948
-  _globals['_PREFILLSERVICE']._serialized_end=3028
+  _globals['_SUBMIT']._serialized_end=1681
+  _globals['_CANCEL']._serialized_start=1683
+  _globals['_CANCEL']._serialized_end=1711
+  _globals['_SESSIONRESPONSE']._serialized_start=1713
+  _globals['_SESSIONRESPONSE']._serialized_end=1817
+  _globals['_WELCOME']._serialized_start=1819
+  _globals['_WELCOME']._serialized_end=1871
+  _globals['_STEPFRAME']._serialized_start=1873
+  _globals['_STEPFRAME']._serialized_end=1936
+  _globals['_TOKENDELTA']._serialized_start=1939
+  _globals['_TOKENDELTA']._serialized_end=2212
+  _globals['_PREFILLREQUEST']._serialized_start=2215
+  _globals['_PREFILLREQUEST']._serialized_end=2425
+  _globals['_HANDOFF']._serialized_start=2427
+  _globals['_HANDOFF']._serialized_end=2507
+  _globals['_PREFILLRESPONSE']._serialized_start=2509
+  _globals['_PREFILLRESPONSE']._serialized_end=2615
+  _globals['_WORKERSERVICE']._serialized_start=2828
+  _globals['_WORKERSERVICE']._serialized_end=2977
+  _globals['_DECODESERVICE']._serialized_start=2979
+  _globals['_DECODESERVICE']._serialized_end=3062
+  _globals['_PREFILLSERVICE']._serialized_start=3064
+  _globals['_PREFILLSERVICE']._serialized_end=3144
 # @@protoc_insertion_point(module_scope)

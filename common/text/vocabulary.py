@@ -29,6 +29,13 @@ def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
     return tokenizer.decode([token, token], skip_special_tokens=False)[len(once) :].encode()
 
 
+@lru_cache(maxsize=16)
+def special_tokens(tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that have no text in an answer: end-of-sequence and the like."""
+    added = tokenizer.get_added_tokens_decoder()
+    return frozenset(token for token, entry in added.items() if entry.special)
+
+
 def token_text(tokenizer: Tokenizer, token: int) -> str:
     """A token's text, U+FFFD in place of what is no whole character."""
     return token_bytes(tokenizer, token).decode("utf-8", errors="replace")

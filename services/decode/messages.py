@@ -1,10 +1,10 @@
 """Session messages to the engine's nouns and back."""
 
 from baton.v1 import common_pb2, worker_pb2
-from common.engine.sampling_params import SamplingParams
 from common.engine.sequence import RequestOutput
 from common.errors import DeadlineExceeded, InvalidRequest
 from common.rpc.errors import to_proto
+from common.rpc.sampling import logprobs_to_proto
 
 MAX_TEXT = 256
 MAX_CANDIDATES = 64
@@ -46,28 +46,14 @@ def check_submit(submit: worker_pb2.Submit, max_model_len: int) -> None:
         raise DeadlineExceeded("no time was left when the request was sent to its decode worker")
 
 
-def sampling_params(message: common_pb2.SamplingParams) -> SamplingParams:
-    """Unset fields take SamplingParams' defaults, max_tokens as many as the context holds.
-
-    Raises InvalidRequest for a value out of range.
-    """
-    given = {
-        name: getattr(message, name)
-        for name in ("top_k", "seed", "max_tokens", "min_tokens", "ignore_eos")
-        if message.HasField(name)
-    }
-    for name in ("temperature", "top_p", "min_p"):
-        if message.HasField(name):
-            # Floats travel as float32; seven digits give back the number that was meant, so that
-            # the same request gives the same tokens offline.
-            given[name] = float(f"{getattr(message, name):.7g}")
-    given.setdefault("max_tokens", None)
-    return SamplingParams(**given, stop_token_ids=tuple(message.stop_token_ids))
-
-
 def delta(request_id: str, output: RequestOutput, *, first: bool) -> worker_pb2.TokenDelta:
     """One request's share of a step."""
-    message = worker_pb2.TokenDelta(request_id=request_id, token_ids=output.token_ids)
+    message = worker_pb2.TokenDelta(
+        request_id=request_id,
+        token_ids=output.token_ids,
+        logprobs=logprobs_to_proto(output.logprobs),
+        prompt_logprobs=logprobs_to_proto(output.prompt_logprobs),
+    )
     if first:
         message.cached_tokens = output.cached_tokens
     if output.finish_reason is not None:

@@ -12,6 +12,7 @@ from common.engine.sequence import EngineRequest, RequestOutput
 from common.errors import BatonError, InvalidRequest
 from common.kv.handoff import PrefillCandidates
 from common.rpc.errors import INTERNAL_MESSAGE
+from common.rpc.sampling import params_from_proto
 from common.telemetry.tracing import Tracing, context_of, extract, fail, inject
 from common.worker.host import EngineHost
 from common.worker.timeline import Timeline, now_ns
@@ -92,7 +93,8 @@ class Session:
         return EngineRequest(
             request_id=live.engine_id,
             prompt_token_ids=list(submit.token_ids),
-            params=messages.sampling_params(submit.sampling),
+            params=params_from_proto(submit.sampling, default_max_tokens=None),
+            output_tokens=submit.output_tokens,
             tenant=submit.tenant,
             deadline=time.monotonic() + submit.remaining_ms / 1000,
             transfer=PrefillCandidates(tuple(submit.prefill_candidates), traceparent, tracestate),

@@ -5,10 +5,10 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
-from common.engine.sampling_params import SamplingParams
+from common.engine.sampling_params import SamplingParams, choice_seed
 from common.errors import (
     InvalidRequest,
     ModelNotFound,
@@ -16,6 +16,7 @@ from common.errors import (
 from common.kv.keys import chain_keys
 from common.telemetry.tracing import Tracing
 from common.text.detokenizer import IncrementalDecoder
+from common.text.vocabulary import bad_word_ids
 from services.gateway.admission import Admission
 from services.gateway.fleet import Fleet
 from services.gateway.generation import Choice, Generation
@@ -75,6 +76,7 @@ class Generator:
         self.check_model(request.model)
         async with self._admission.admit(scope.deadline):
             prompts = await self._tokenize(request)
+            request = replace(request, sampling=self._checked(request.sampling))
             choices = self._choices(request, prompts)
             generation = Generation(self, request, scope, choices, len(prompts))
             try:
@@ -132,7 +134,6 @@ class Generator:
 
     def _choices(self, request: GenerateRequest, prompts: list[list[int]]) -> list[Choice]:
         params = request.sampling
-        self._check_stop_tokens(params)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         choices = []
         for prompt in prompts:
@@ -149,7 +150,7 @@ class Generator:
                     index=len(choices) + i,
                     prompt=prompt,
                     keys=keys,
-                    seed=(seed + i) % 2**64,
+                    seed=choice_seed(seed, i),
                     max_tokens=max_tokens,
                     decoder=self._decoder(prompt, params),
                 )
@@ -157,17 +158,17 @@ class Generator:
             ]
         return choices
 
-    def _check_stop_tokens(self, params: SamplingParams) -> None:
-        for token in params.stop_token_ids:
-            if token >= self.model.vocab_size:
-                raise InvalidRequest(
-                    f"stop_token_ids has {token}; ids are in [0, {self.model.vocab_size})",
-                    field="stop_token_ids",
-                )
+    def _checked(self, params: SamplingParams) -> SamplingParams:
+        """What workers are asked for: bad words as tokens. Raises InvalidRequest for what this
+        model cannot do."""
+        params.check_vocabulary(self.model.vocab_size)
         if params.stop and self.encoder.tokenizer is None:
             raise InvalidRequest(
                 "stop needs text, and this model has no tokenizer; use stop_token_ids", field="stop"
             )
+        if not params.bad_words:
+            return params
+        return replace(params, bad_words=bad_word_ids(self.encoder.tokenizer, params.bad_words))
 
     def _keys(self, prompt: list[int]) -> list[bytes]:
         reference = self.fleet.reference

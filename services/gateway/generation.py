@@ -4,14 +4,17 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import structlog
+from tokenizers import Tokenizer
 
 from baton.v1 import common_pb2, worker_pb2
+from common.engine.sequence import TokenLogprobs
 from common.errors import BatonError, Cancelled, DeadlineExceeded, Overloaded, Unavailable
 from common.rpc.errors import from_proto
+from common.rpc.sampling import logprobs_from_proto, params_to_proto
 from common.telemetry.tracing import inject
 from common.text.detokenizer import IncrementalDecoder
 from services.gateway.requests import GenerateRequest
@@ -40,12 +43,14 @@ _REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What is new of one choice. `finish_reason` (stop or length) is set on its last one."""
+    """What is new of one choice. `finish_reason` (stop or length) is set on its last one;
+    `logprobs`, where asked for, are those of `token_ids`."""
 
     index: int
     text: str
     token_ids: tuple[int, ...] = ()
     finish_reason: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,9 @@ class Usage:
 
 @dataclass(slots=True, eq=False)
 class Choice:
-    """One sequence: `tokens` is what its worker gave so far, `address` the worker that has it."""
+    """One sequence: `tokens` is what its worker gave so far, `address` the worker that has it.
+    `others` of the same prompt wait for its first token, as they begin with the KV of its prompt;
+    `prompt_logprobs` are told of the first choice of a prompt only."""
 
     index: int
     prompt: list[int]
@@ -74,6 +81,9 @@ class Choice:
     cached_tokens: int | None = None
     finish_reason: str | None = None
     last_token_s: float = 0.0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    others: list["Choice"] = field(default_factory=list)
 
     def take(self, ids: Sequence[int], ended: bool) -> str:
         """Count tokens, up to the one that completes a stop string; the text that is now safe."""
@@ -124,6 +134,10 @@ class Generation:
         return f"{prefix}-{self._scope.unique_id}"
 
     @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._generator.encoder.tokenizer
+
+    @property
     def usage(self) -> Usage:
         first = [c for c in self.choices if c.index % self.request.n == 0]
         return Usage(
@@ -137,9 +151,23 @@ class Generation:
         prompt = self.request.prompts[choice.index // self.request.n]
         return prompt if isinstance(prompt, str) else self._generator.encoder.decode(prompt)
 
+    def prompt_logprobs(self, choice: Choice) -> list[TokenLogprobs]:
+        """Of the choice's prompt, from its second token on; complete with the first token."""
+        return self.choices[choice.index - choice.index % self.request.n].prompt_logprobs
+
     def submit_all(self) -> None:
-        for choice in self.choices:
-            self._submit(choice)
+        """A prompt's choices after the first wait for its first token where a prefix can be found:
+        it is then computed, or handed over, once. They also wait for what it tells of the prompt.
+        """
+        n = self.request.n
+        for start in range(0, len(self.choices), n):
+            first, *others = self.choices[start : start + n]
+            self._submit(first)
+            if first.keys or self.request.sampling.prompt_logprobs is not None:
+                first.others = others
+            else:
+                for choice in others:
+                    self._submit(choice)
 
     async def wait_first(self) -> None:
         """Returns when there is a delta: from here on the answer is a success, so far."""
@@ -214,25 +242,20 @@ class Generation:
         )
 
     def _message(self, choice: Choice, route: Route) -> worker_pb2.Submit:
-        params = self.request.sampling
-        done = len(choice.tokens)
+        params = replace(self.request.sampling, seed=choice.seed, max_tokens=choice.max_tokens)
+        if choice.tokens or choice.index % self.request.n:  # were told, or are by the first choice
+            params = replace(params, prompt_logprobs=None)
+        else:
+            choice.prompt_logprobs = []
         traceparent, tracestate = inject(self._scope.context)
         return worker_pb2.Submit(
             request_id=choice.request_id,
             token_ids=choice.prompt + choice.tokens,
-            sampling=common_pb2.SamplingParams(
-                temperature=params.temperature,
-                top_k=max(0, params.top_k),
-                top_p=params.top_p,
-                min_p=params.min_p,
-                seed=choice.seed,
-                max_tokens=choice.max_tokens - done,
-                min_tokens=max(0, params.min_tokens - done),
-                stop_token_ids=params.stop_token_ids,
-                ignore_eos=params.ignore_eos,
-            ),
+            output_tokens=len(choice.tokens),
+            sampling=params_to_proto(params),
             remaining_ms=max(1, min(2**32 - 1, int(self._scope.remaining_s * 1000))),
-            prefill_candidates=route.prefill,
+            # A prompt whose logits are wanted is computed where it decodes.
+            prefill_candidates=route.prefill if params.prompt_logprobs is None else (),
             traceparent=traceparent,
             tracestate=tracestate,
         )
@@ -259,7 +282,18 @@ class Generation:
         error = _error_of(event)
         if error is not None:
             return await self._recover(choice, error)
-        return self._take(choice, event)
+        delta = self._take(choice, event)
+        if choice.tokens or choice.finish_reason is not None:
+            await self._submit_others(choice)
+        return delta
+
+    async def _submit_others(self, choice: Choice) -> None:
+        others, choice.others = choice.others, []
+        for other in others:
+            try:
+                self._submit(other)
+            except (Unavailable, Overloaded) as error:
+                await self._submit_again(other, error)
 
     async def _next_event(self) -> tuple[Choice, str, Event]:
         if not self._events.empty():
@@ -287,8 +321,11 @@ class Generation:
             choice.tokens += ending
         choice.finish_reason = reason
         new = tuple(choice.tokens[before:])
+        told = tuple(logprobs_from_proto(event.logprobs[: len(new)]))
+        choice.logprobs += told
+        choice.prompt_logprobs += logprobs_from_proto(event.prompt_logprobs)
         self._observe(choice, len(new))
-        return Delta(choice.index, text, new, reason)
+        return Delta(choice.index, text, new, reason, told)
 
     def _observe(self, choice: Choice, count: int) -> None:
         if not count:

@@ -2,25 +2,26 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 
 import grpc
 from google.protobuf.message import Message
 
 from baton.v1 import common_pb2, inference_pb2_grpc
 from baton.v1 import inference_pb2 as pb
-from common.engine.sampling_params import SamplingParams
+from common.engine.sequence import TokenLogprobs
 from common.errors import Cancelled, InvalidRequest, RequestTooLarge
 from common.rpc.errors import status_of
+from common.rpc.sampling import logprobs_to_proto, params_from_proto
 from common.telemetry.tracing import Tracing
+from common.text.vocabulary import token_bytes
 from services.gateway.generate import Generator
-from services.gateway.generation import Delta, Generation, Usage
+from services.gateway.generation import Choice, Delta, Generation, Usage
 from services.gateway.metrics import Metrics
 from services.gateway.requests import COMPLETION_MAX_TOKENS, GenerateRequest, Prompt
 from services.gateway.scope import RequestScope, open_scope
 
 SERVICE_NAME = "baton.v1.InferenceService"
-_SCALARS = ("temperature", "top_k", "top_p", "min_p", "seed", "min_tokens", "ignore_eos")
 _REASONS = {"stop": common_pb2.FINISH_REASON_STOP, "length": common_pb2.FINISH_REASON_LENGTH}
 
 
@@ -56,14 +57,25 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             self._scope("ChatCompletion", request, context) as scope,
             self._generator.run(chat_request(request), scope) as generation,
         ):
-            text, _, reason = await _collect(generation)
+            texts = await _collect(generation)
+            choices = [
+                pb.ChatChoice(
+                    index=choice.index,
+                    message=pb.ChatMessage(role="assistant", content=texts[choice.index]),
+                    finish_reason=_reason(choice),
+                    logprobs=_logprobs(generation, choice.logprobs),
+                )
+                for choice in generation.choices
+            ]
             return pb.ChatCompletionResponse(
                 id=generation.id,
                 model=request.model,
                 created_unix_s=generation.created_unix_s,
-                message=pb.ChatMessage(role="assistant", content=text),
-                finish_reason=reason,
+                message=choices[0].message,
+                finish_reason=choices[0].finish_reason,
                 usage=_usage(generation.usage),
+                choices=choices,
+                prompt_logprobs=_of_prompt(generation),
             )
 
     async def StreamChatCompletion(
@@ -72,13 +84,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         async with self._scope("StreamChatCompletion", request, context) as scope:
             wanted = chat_request(request.request)
             async with self._generator.run(wanted, scope) as generation:
+                opened = False
                 async for delta in generation.deltas():
-                    if delta.text or delta.finish_reason:
+                    if delta.text or delta.finish_reason or delta.logprobs:
+                        first = delta.index == 0 and not opened
+                        opened = opened or first
                         yield pb.StreamChatCompletionResponse(
                             id=generation.id,
                             model=wanted.model,
                             created_unix_s=generation.created_unix_s,
                             delta=delta.text,
+                            index=delta.index,
+                            logprobs=_logprobs(generation, delta.logprobs),
+                            prompt_logprobs=_of_prompt(generation) if first else (),
                             **_ending(delta, generation),
                         )
 
@@ -89,15 +107,27 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             self._scope("Completion", request, context) as scope,
             self._generator.run(completion_request(request), scope) as generation,
         ):
-            text, ids, reason = await _collect(generation)
+            texts = await _collect(generation)
+            choices = [
+                pb.CompletionChoice(
+                    index=choice.index,
+                    text=_echo(generation) + texts[choice.index],
+                    token_ids=choice.tokens,
+                    finish_reason=_reason(choice),
+                    logprobs=_logprobs(generation, choice.logprobs),
+                )
+                for choice in generation.choices
+            ]
             return pb.CompletionResponse(
                 id=generation.id,
                 model=request.model,
                 created_unix_s=generation.created_unix_s,
-                text=_echo(generation) + text,
-                token_ids=ids,
-                finish_reason=reason,
+                text=choices[0].text,
+                token_ids=choices[0].token_ids,
+                finish_reason=choices[0].finish_reason,
                 usage=_usage(generation.usage),
+                choices=choices,
+                prompt_logprobs=_of_prompt(generation),
             )
 
     async def StreamCompletion(
@@ -106,17 +136,23 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         async with self._scope("StreamCompletion", request, context) as scope:
             wanted = completion_request(request.request)
             async with self._generator.run(wanted, scope) as generation:
-                echo = _echo(generation)
+                unopened = {choice.index for choice in generation.choices}
                 async for delta in generation.deltas():
+                    first = delta.index in unopened
+                    unopened.discard(delta.index)
                     yield pb.StreamCompletionResponse(
                         id=generation.id,
                         model=wanted.model,
                         created_unix_s=generation.created_unix_s,
-                        delta=echo + delta.text,
+                        delta=(_echo(generation) if first else "") + delta.text,
                         token_ids=delta.token_ids,
+                        index=delta.index,
+                        logprobs=_logprobs(generation, delta.logprobs),
+                        prompt_logprobs=(
+                            _of_prompt(generation) if first and delta.index == 0 else ()
+                        ),
                         **_ending(delta, generation),
                     )
-                    echo = ""
 
     @contextlib.asynccontextmanager
     async def _scope(
@@ -161,8 +197,14 @@ def chat_request(request: pb.ChatCompletionRequest) -> GenerateRequest:
     """Raises InvalidRequest."""
     return GenerateRequest(
         request.model,
-        _sampling(request.sampling, list(request.stop), default_max_tokens=None),
+        params_from_proto(
+            request.sampling,
+            default_max_tokens=None,
+            stop=request.stop,
+            bad_words=request.bad_words,
+        ),
         messages=tuple(_message(message) for message in request.messages),
+        n=request.n if request.HasField("n") else 1,
     )
 
 
@@ -174,8 +216,14 @@ def completion_request(request: pb.CompletionRequest) -> GenerateRequest:
     prompt: Prompt = request.text if is_text else tuple(request.token_ids.ids)
     return GenerateRequest(
         request.model,
-        _sampling(request.sampling, list(request.stop), default_max_tokens=COMPLETION_MAX_TOKENS),
+        params_from_proto(
+            request.sampling,
+            default_max_tokens=COMPLETION_MAX_TOKENS,
+            stop=request.stop,
+            bad_words=request.bad_words,
+        ),
         prompts=(prompt,),
+        n=request.n if request.HasField("n") else 1,
         echo=request.echo,
     )
 
@@ -185,24 +233,33 @@ def _message(message: pb.ChatMessage) -> dict[str, str]:
     return {**parsed, "name": message.name} if message.name else parsed
 
 
-def _sampling(
-    sampling: common_pb2.SamplingParams, stop: list[str], default_max_tokens: int | None
-) -> SamplingParams:
-    given = {name: getattr(sampling, name) for name in _SCALARS if sampling.HasField(name)}
-    has_max = sampling.HasField("max_tokens")
-    return SamplingParams(
-        **given,
-        max_tokens=sampling.max_tokens if has_max else default_max_tokens,
-        stop=tuple(stop),
-        stop_token_ids=tuple(sampling.stop_token_ids),
-    )
+async def _collect(generation: Generation) -> list[str]:
+    """The whole text of each choice."""
+    pieces: list[list[str]] = [[] for _ in generation.choices]
+    async for delta in generation.deltas():
+        pieces[delta.index].append(delta.text)
+    return ["".join(texts) for texts in pieces]
 
 
-async def _collect(generation: Generation) -> tuple[str, list[int], int]:
-    """The whole of a request's only choice: text, token ids, finish reason."""
-    pieces = [delta.text async for delta in generation.deltas()]
-    choice = generation.choices[0]
-    return "".join(pieces), choice.tokens, _REASONS[choice.finish_reason or "length"]
+def _reason(choice: Choice) -> int:
+    return _REASONS[choice.finish_reason or "length"]
+
+
+def _logprobs(
+    generation: Generation, told: Iterable[TokenLogprobs]
+) -> list[common_pb2.TokenLogprobs]:
+    """With what each token spells: a caller may have no tokenizer."""
+    messages = logprobs_to_proto(told)
+    tokenizer = generation.tokenizer
+    if tokenizer is not None:
+        for message in messages:
+            message.text = token_bytes(tokenizer, message.token_id)
+            message.top_texts.extend(token_bytes(tokenizer, token) for token in message.top_ids)
+    return messages
+
+
+def _of_prompt(generation: Generation) -> list[common_pb2.TokenLogprobs]:
+    return _logprobs(generation, generation.prompt_logprobs(generation.choices[0]))
 
 
 def _echo(generation: Generation) -> str:

@@ -113,6 +113,7 @@ class HttpFront:
                 options = {
                     "return_token_ids": bool(body.return_token_ids),
                     "include_usage": body.include_usage,
+                    "prompt_logprobs": body.prompt_logprobs,
                 }
                 answer = self._stream if body.stream else self._whole
                 return await answer(request, scope, generation, Format(generation, **options))

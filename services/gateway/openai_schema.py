@@ -4,11 +4,12 @@ Fields that would change the answer but are not served are refused by name. Othe
 not known here are ignored, as clients send vendors' own.
 """
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from common.engine.sampling_params import SamplingParams
+from common.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from common.errors import InvalidRequest
 from services.gateway.requests import (
     COMPLETION_MAX_TOKENS,
@@ -22,13 +23,6 @@ MAX_TIMEOUT_S = 86_400.0
 
 # Fields that are not served, with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "prompt_logprobs": (),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
     "use_beam_search": (False,),
     "tools": ([],),
@@ -53,8 +47,22 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "add_generation_prompt": (True,),
     "include_stop_str_in_output": (False,),
-    "bad_words": ([],),
 }
+
+# Fields that are SamplingParams' own.
+_PLAIN = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "min_tokens",
+    "ignore_eos",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+    "prompt_logprobs",
+)
 
 Tokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
@@ -81,6 +89,12 @@ class _Body(BaseModel):
     stop: Any = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: Any = None
+    bad_words: Any = None
+    prompt_logprobs: int | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -90,15 +104,23 @@ class _Body(BaseModel):
     def include_usage(self) -> bool:
         return bool(self.stream_options is not None and self.stream_options.include_usage)
 
-    def sampling(self, default_max_tokens: int | None) -> SamplingParams:
+    def sampling(self, default_max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Unset fields take SamplingParams' defaults. Raises InvalidRequest."""
-        names = ("temperature", "top_p", "top_k", "min_p", "seed", "min_tokens", "ignore_eos")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in _PLAIN if getattr(self, name) is not None}
+        if self.stream and self.prompt_logprobs is not None:
+            raise InvalidRequest(
+                "prompt_logprobs is not given in a stream; leave out stream, or ask "
+                "/v1/completions for echo and logprobs",
+                field="prompt_logprobs",
+            )
         return SamplingParams(
             **given,
             max_tokens=self.max_tokens or default_max_tokens,
             stop=_parse_stop(self.stop),
             stop_token_ids=tuple(self.stop_token_ids or ()),
+            logit_bias=_parse_logit_bias(self.logit_bias),
+            bad_words=_parse_bad_words(self.bad_words),
+            logprobs=logprobs,
         )
 
 
@@ -107,9 +129,16 @@ class ChatBody(_Body):
 
     messages: list[dict[str, Any]]
     max_completion_tokens: Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     def to_request(self) -> GenerateRequest:
-        sampling = self.sampling(self.max_completion_tokens)
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest(
+                "top_logprobs needs logprobs; set logprobs to true", field="top_logprobs"
+            )
+        told = (self.top_logprobs or 0) if self.logprobs else None
+        sampling = self.sampling(self.max_completion_tokens, told)
         messages = tuple(_parse_message(i, message) for i, message in enumerate(self.messages))
         return GenerateRequest(self.model, sampling, messages=messages, n=self.n or 1)
 
@@ -119,11 +148,16 @@ class CompletionBody(_Body):
 
     prompt: Any = None
     echo: bool | None = None
+    logprobs: int | None = None
 
     def to_request(self) -> GenerateRequest:
+        sampling = self.sampling(COMPLETION_MAX_TOKENS, self.logprobs)
+        if self.echo and self.logprobs is not None:
+            wanted = max(self.logprobs, self.prompt_logprobs or 0)
+            sampling = replace(sampling, prompt_logprobs=wanted)
         return GenerateRequest(
             self.model,
-            self.sampling(COMPLETION_MAX_TOKENS),
+            sampling,
             prompts=_parse_prompts(self.prompt),
             n=self.n or 1,
             echo=bool(self.echo),
@@ -190,6 +224,36 @@ def _parse_stop(value: Any) -> tuple[str, ...]:
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return tuple(value)
     raise InvalidRequest("stop must be a string or a list of strings", field="stop")
+
+
+def _parse_logit_bias(value: Any) -> dict[int, float]:
+    """JSON's keys are strings."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InvalidRequest(
+            "logit_bias must be an object from token ids to numbers", field="logit_bias"
+        )
+    found = {}
+    for key, bias in value.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 10):
+            raise InvalidRequest(
+                f"logit_bias has the key {key[:64]!r}, which is no token id", field="logit_bias"
+            )
+        found[int(key)] = bias
+    return found
+
+
+def _parse_bad_words(value: Any) -> tuple[str | tuple[int, ...], ...]:
+    """Texts, or lists of token ids."""
+    if value is None:
+        return ()
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, list) or not all(isinstance(word, (str, list)) for word in words):
+        raise InvalidRequest(
+            "bad_words must be a list of strings or of lists of token ids", field="bad_words"
+        )
+    return tuple(word if isinstance(word, str) else tuple(word) for word in words)
 
 
 def _parse_message(index: int, message: dict[str, Any]) -> dict[str, str]:

@@ -46,8 +46,9 @@ def count_on():
 
     async def behaviour(submit):
         position = len(submit.token_ids)
-        for index in range(submit.sampling.max_tokens):
-            last = index == submit.sampling.max_tokens - 1
+        left = submit.sampling.max_tokens - submit.output_tokens
+        for index in range(left):
+            last = index == left - 1
             yield worker_pb2.TokenDelta(
                 token_ids=[10 + position + index], finish_reason=LENGTH if last else 0
             )
@@ -81,7 +82,8 @@ def test_a_request_whose_worker_goes_away_gives_the_same_tokens_from_another(mod
         resumed = [s for s in two.submits if s.request_id.endswith("-1")]
         assert resumed
         assert list(resumed[0].token_ids) == [5, 6, *range(12, 12 + tokens)]
-        assert resumed[0].sampling.max_tokens == 6 - tokens
+        assert resumed[0].sampling.max_tokens == 6
+        assert resumed[0].output_tokens == tokens
         assert resumed[0].sampling.seed == 9
 
 

@@ -189,12 +189,22 @@ def test_sampling_reaches_the_worker_and_a_seed_is_always_set(client, fake):
         "min_tokens": 2,
         "stop_token_ids": [9],
         "ignore_eos": True,
+        "frequency_penalty": -0.5,
+        "presence_penalty": 0.25,
+        "repetition_penalty": 1.5,
+        "logit_bias": {"7": -100, "8": 0.5},
+        "bad_words": [[1, 2]],
     }
     client.post(COMPLETIONS, json=completion(**sampling)).raise_for_status()
     sent = fake.submits[0].sampling
     assert (sent.temperature, sent.top_p, sent.top_k, sent.min_p) == (0, 0.5, 0, 0.25)
     assert (sent.max_tokens, sent.min_tokens, list(sent.stop_token_ids)) == (7, 2, [9])
     assert sent.ignore_eos
+    assert (sent.frequency_penalty, sent.presence_penalty) == (-0.5, 0.25)
+    assert sent.repetition_penalty == 1.5
+    assert dict(sent.logit_bias) == {7: -100, 8: 0.5}
+    assert [list(word.token_ids) for word in sent.bad_words] == [[1, 2]]
+    assert not sent.HasField("logprobs")
     assert sent.HasField("seed")
     assert fake.submits[0].remaining_ms > 500_000
 

@@ -6,7 +6,8 @@ import httpx
 import openai
 import pytest
 
-from tests.support.mesh import Mesh, wait_until
+from baton import LLM, SamplingParams
+from tests.support.mesh import TINY, Mesh, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +76,31 @@ def test_a_trace_goes_through_every_service(client):
         return {s["service"] for s in spans} == wanted and len(roots) == 1
 
     wait_until(services, 5, "one tree of spans of all three services")
+
+
+def test_choices_and_logprobs_over_the_mesh_are_those_of_one_process(client):
+    prompt = [20 + index % 300 for index in range(100)]
+    fields = {"temperature": 0.9, "seed": 3, "max_tokens": 6, "n": 3, "logprobs": 4}
+    with LLM(TINY, threads=1) as llm:
+        params = SamplingParams(prompt_logprobs=2, ignore_eos=True, **fields)
+        given = [{"prompt_token_ids": prompt}]
+        (wanted,) = llm.generate(given, params, use_tqdm=False)
+    body = {
+        "model": "baton-tiny",
+        "prompt": prompt,
+        "prompt_logprobs": 2,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        **fields,
+    }
+    choices = client.post("/v1/completions", json=body).raise_for_status().json()["choices"]
+    assert [choice["token_ids"] for choice in choices] == [a.token_ids for a in wanted.outputs]
+    for choice, answer in zip(choices, wanted.outputs, strict=True):
+        own = [entry[t].logprob for t, entry in zip(answer.token_ids, answer.logprobs, strict=True)]
+        assert choice["logprobs"]["token_logprobs"] == pytest.approx(own, abs=1e-4)
+        assert choice["prompt_logprobs"][0] is None
+        for told, entry in zip(
+            choice["prompt_logprobs"][1:], wanted.prompt_logprobs[1:], strict=True
+        ):
+            found = {int(token): one["logprob"] for token, one in told.items()}
+            assert found == pytest.approx({t: e.logprob for t, e in entry.items()}, abs=1e-4)

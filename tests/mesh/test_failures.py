@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -19,11 +20,27 @@ BODY = {
     "seed": 7,
     "ignore_eos": True,
 }
+# All that depends on what was generated before.
+MORE = {
+    "max_tokens": 500,
+    "min_tokens": 300,
+    "ignore_eos": False,
+    "frequency_penalty": 0.02,
+    "presence_penalty": -0.3,
+    "repetition_penalty": 1.05,
+    "logit_bias": {"100": 2.0},
+    "bad_words": ["river", [40, 41]],
+    "logprobs": 0,
+}
+
+
+def choice_of(mesh: Mesh, body: dict[str, object]) -> dict[str, Any]:
+    answer = httpx.post(f"{mesh.url}/v1/completions", json=body, timeout=120)
+    return answer.raise_for_status().json()["choices"][0]
 
 
 def text_of(mesh: Mesh, body: dict[str, object]) -> str:
-    answer = httpx.post(f"{mesh.url}/v1/completions", json=body, timeout=120)
-    return answer.raise_for_status().json()["choices"][0]["text"]
+    return choice_of(mesh, body)["text"]
 
 
 def decode_at_work(mesh: Mesh) -> str | None:
@@ -32,15 +49,19 @@ def decode_at_work(mesh: Mesh) -> str | None:
     return busy[0]["address"] if busy else None
 
 
-@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("sig", "more"), [(signal.SIGKILL, MORE), (signal.SIGTERM, {})], ids=["killed", "told to end"]
+)
 def test_a_stream_goes_on_with_the_same_tokens_when_its_decode_worker_ends(
-    tmp_path: Path, sig: signal.Signals
+    tmp_path: Path, sig: signal.Signals, more: dict[str, object]
 ) -> None:
     # A drain this short ends long before the answer does.
     with Mesh(tmp_path, decode=2, args={"decode": ["--drain-s=0.1"]}) as mesh:
-        expected = text_of(mesh, BODY)
+        asked = {**BODY, **more}
+        expected = choice_of(mesh, asked)
         pieces: list[str] = []
-        body = {**BODY, "stream": True}
+        told: list[str] = []
+        body = {**asked, "stream": True}
         killed = False
         with httpx.stream("POST", f"{mesh.url}/v1/completions", json=body, timeout=120) as answer:
             for line in answer.iter_lines():
@@ -48,13 +69,16 @@ def test_a_stream_goes_on_with_the_same_tokens_when_its_decode_worker_ends(
                     chunk = json.loads(line[6:])
                     assert "error" not in chunk, chunk
                     pieces += [choice["text"] for choice in chunk["choices"]]
+                    logprobs = [choice["logprobs"] for choice in chunk["choices"]]
+                    told += [token for part in logprobs if part for token in part["tokens"]]
                 if len(pieces) > 20 and not killed:
                     address = wait_until(lambda: decode_at_work(mesh), 5, "a busy decode worker")
                     victim = next(s for s in mesh.of("decode") if address.endswith(f":{s.port}"))
                     code = victim.stop(sig)
                     killed = True
         assert killed
-        assert "".join(pieces) == expected
+        assert "".join(pieces) == expected["text"]
+        assert told == ((expected["logprobs"] or {}).get("tokens", []))
         assert code == (0 if sig == signal.SIGTERM else -signal.SIGKILL)
         heir = next(
             w for w in mesh.state()["workers"] if w["address"] != address and w["role"] == "decode"

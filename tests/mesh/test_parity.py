@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -18,6 +19,13 @@ from tests.support.mesh import TINY, Mesh
 REQUESTS = 200
 AT_ONCE = 16
 SHARED = [40 + i % 200 for i in range(160)]
+PROCESSED: list[dict[str, Any]] = [
+    {},
+    {"frequency_penalty": 0.7, "presence_penalty": -0.2},
+    {"repetition_penalty": 1.3},
+    {"logit_bias": {50: 4.0, 60: -100.0}},
+    {},
+]
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,7 @@ class Ask:
     top_p: float
     seed: int
     max_tokens: int
+    more: dict[str, Any]
 
 
 def mixed_requests(count: int) -> list[Ask]:
@@ -46,7 +55,9 @@ def mixed_requests(count: int) -> list[Ask]:
         if index % 3 == 0:
             prompt = SHARED + prompt
         temperature = 0.0 if index % 2 else rng.choice([0.7, 1.0, 1.3])
-        asks.append(Ask(prompt, temperature, rng.choice([1.0, 0.9]), index, rng.choice([1, 8, 24])))
+        top_p, max_tokens = rng.choice([1.0, 0.9]), rng.choice([1, 8, 24])
+        more = PROCESSED[index % len(PROCESSED)]
+        asks.append(Ask(prompt, temperature, top_p, index, max_tokens, more))
     return asks
 
 
@@ -59,6 +70,7 @@ def offline(asks: list[Ask]) -> list[list[int]]:
             seed=a.seed,
             max_tokens=a.max_tokens,
             ignore_eos=True,
+            **a.more,
         )
         for a in asks
     ]
@@ -85,6 +97,7 @@ def served(mesh: Mesh, asks: list[Ask]) -> list[list[int]]:
                 seed=ask.seed,
                 max_tokens=ask.max_tokens,
                 ignore_eos=True,
+                **ask.more,
             ),
         )
         return list(stub.Completion(request, timeout=120).token_ids)

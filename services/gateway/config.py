@@ -43,6 +43,10 @@ class GatewayConfig(ServiceSettings):
         256, ge=0, le=1_000_000, description="requests that may wait; more get 429"
     )
 
+    max_resumes: int = Field(
+        2, ge=0, le=100, description="times that an answer goes on elsewhere after a lost worker"
+    )
+
     @field_validator("prefill", "decode", "kvstore")
     @classmethod
     def _check_addresses(cls, value: str) -> str:

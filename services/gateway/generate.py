@@ -54,12 +54,14 @@ class Generator:
         admission: Admission,
         metrics: Metrics,
         tracing: Tracing,
+        max_resumes: int,
     ) -> None:
         self.model = model
         self.encoder = encoder
         self.fleet = fleet
         self.metrics = metrics
         self.tracing = tracing
+        self.max_resumes = max_resumes
         self.index = PrefixIndex()
         self._admission = admission
 

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("gateway")
 
-# A request follows at most this many lost workers.
-MAX_RESUMES = 2
 # How long a request whose worker was lost waits for one to come (back) up.
 RESUME_WAIT_S = 5.0
 RESUME_RETRY_S = 0.05
@@ -348,7 +346,7 @@ class Generation:
         fleet = self._generator.fleet
         full = isinstance(error, Overloaded) and not choice.tokens
         lost = isinstance(error, Unavailable)
-        if not (full or lost) or choice.attempts >= MAX_RESUMES:
+        if not (full or lost) or choice.attempts >= self._generator.max_resumes:
             raise error
         choice.avoid.add(choice.address)
         if full and all(w.address in choice.avoid for w in fleet.usable("decode")):

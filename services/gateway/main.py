@@ -51,6 +51,7 @@ class GatewayApp:
             admission,
             metrics,
             self._tracing,
+            config.max_resumes,
         )
         limits = {
             "max_body_bytes": config.max_body_bytes,

@@ -114,12 +114,13 @@ def test_a_killed_worker_is_followed_mid_stream(model):
             later.kill()
 
 
-def test_a_request_follows_only_so_many_lost_workers(model):
+@pytest.mark.parametrize("resumes", [0, 1, 2])
+def test_a_request_follows_only_so_many_lost_workers(model, resumes):
     one, two = FakeDecode(die_after(1)), FakeDecode(die_after(1))
-    with mesh(model, one, two) as (_, client):
+    with mesh(model, one, two, flags=("--max-resumes", str(resumes))) as (_, client):
         response = client.post("/v1/completions", json=completion())
         assert response.status_code == 503
-        assert len(one.submits) + len(two.submits) == 3
+        assert len(one.submits) + len(two.submits) == resumes + 1
 
 
 def test_without_a_worker_requests_are_503_and_the_gateway_is_alive_but_not_ready(model):

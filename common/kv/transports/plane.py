@@ -24,14 +24,18 @@ from common.kv.transports.frames import MAX_ANSWER_BYTES, Tasks
 from common.kv.transports.shm import ShmTransport
 from common.kv.transports.shm import missing as shm_missing
 from common.kv.transports.tcp import TcpLink, TcpTransport, split_address, within
+from common.kv.transports.ucx import UcxTransport
+from common.kv.transports.ucx import missing as ucx_missing
 
 log = structlog.get_logger("transport")
 
 # In the order in which they are tried. A new one is one file and one line here.
-SIDE_TRANSPORTS = {"shm": (ShmTransport, shm_missing)}
+SIDE_TRANSPORTS = {"shm": (ShmTransport, shm_missing), "ucx": (UcxTransport, ucx_missing)}
 NAMES = (*SIDE_TRANSPORTS, "tcp")
 # A test transfer of PROBE_BYTES takes milliseconds; over a slow network a second.
 TEST_S = 3.0
+# A transport that loads a library for its first link takes a second or two.
+OPEN_S = 10.0
 FIRST_PAUSE_S = 30.0
 LONGEST_PAUSE_S = 600.0
 MAX_PEERS = 512
@@ -226,7 +230,7 @@ class DataPlane:
         if name not in offers:
             raise HandoffError("not offered by the peer")
         try:
-            async with within(TEST_S, peer.address):
+            async with within(OPEN_S, peer.address):
                 return await self._sides[name].open(split_address(peer.address)[0], offers[name])
         except HandoffError as error:
             self._failed(peer, name, str(error))

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -12,13 +13,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from common.kv.transports import Link, SideTransport, TcpTransport
 from common.kv.transports.base import FrameHandler
 from common.kv.transports.shm import ShmTransport
+from common.kv.transports.ucx import UcxTransport
+from common.kv.transports.ucx import missing as ucx_missing
 
 ROOT = Path(__file__).resolve().parents[3]
-SIDES: dict[str, Callable[[], SideTransport]] = {"shm": ShmTransport}
+SIDES: dict[str, Callable[[], SideTransport]] = {"shm": ShmTransport, "ucx": UcxTransport}
 NAMES = ("tcp", *SIDES)
+
+
+def need_ucx() -> None:
+    """Skip where the package is not installed; where all must run (CI), it must be."""
+    reason = ucx_missing()
+    if reason and os.environ.get("CI"):
+        pytest.fail(f"{reason}; .ci/run installs it")
+    if reason:
+        pytest.skip(f"{reason}: make install EXTRAS=dev,ucx")
 
 
 class Inbox:
@@ -123,6 +137,12 @@ class Process:
     def kill(self) -> None:
         self.popen.kill()
         self.stop()
+
+    def stop_running(self) -> None:
+        self.popen.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.popen.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         """The end of its input is its sign to end."""

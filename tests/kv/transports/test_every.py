@@ -18,6 +18,7 @@ from tests.kv.transports.support import (
     Process,
     ends,
     mappings,
+    need_ucx,
     open_files,
     until,
 )
@@ -27,6 +28,8 @@ pytestmark = pytest.mark.timeout(60)
 
 @pytest.fixture(params=NAMES)
 def name(request):
+    if request.param == "ucx":
+        need_ucx()
     return request.param
 
 
@@ -262,6 +265,7 @@ def _quiet(receiver: End) -> bool:
 async def test_everything_is_given_back_on_close(name):
     async with ends(name) as (receiver, sender):  # what stays loaded is loaded now
         await (await sender.open(await receiver.listen(Inbox()))).probe()
+    del receiver, sender
     gc.collect()
     await asyncio.sleep(0.05)
     before = open_files()

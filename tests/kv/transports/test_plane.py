@@ -13,6 +13,14 @@ from tests.kv.transports.support import Inbox, Process, mappings, until
 pytestmark = pytest.mark.timeout(60)
 
 
+def plane_of(*names: str, shm: ShmTransport | None = None) -> DataPlane:
+    """shm and tcp unless told otherwise; `shm` may be another one than the real."""
+    made = DataPlane(names or ("shm", "tcp"))
+    if shm is not None:
+        made._sides["shm"] = shm
+    return made
+
+
 class Ends:
     """A receiver and a sender; `address` is the receiver's."""
 
@@ -64,11 +72,6 @@ class Flaky(ShmTransport):
         return link
 
 
-def with_shm(sides: DataPlane, shm: ShmTransport) -> DataPlane:
-    sides._sides["shm"] = shm
-    return sides
-
-
 async def test_on_one_machine_shared_memory_is_chosen():
     async with Ends(DataPlane(), DataPlane()) as ends:
         assert await ends.send() == "shm"
@@ -82,43 +85,43 @@ async def test_on_one_machine_shared_memory_is_chosen():
 
 
 async def test_a_sender_that_does_not_see_the_nonce_takes_tcp(tmp_path):
-    async with Ends(DataPlane(), with_shm(DataPlane(), ShmTransport(tmp_path))) as ends:
+    async with Ends(plane_of(), plane_of(shm=ShmTransport(tmp_path))) as ends:
         assert await ends.send() == "tcp"
         assert ends.sender.take_events() == {"transport_failed_shm": 1}
 
 
 async def test_a_receiver_that_has_only_tcp_gets_tcp():
-    async with Ends(TcpTransport(), DataPlane()) as ends:
+    async with Ends(TcpTransport(), plane_of()) as ends:
         assert await ends.send() == "tcp"
 
 
 async def test_a_receiver_that_cannot_offer_shared_memory_still_listens(tmp_path):
-    async with Ends(with_shm(DataPlane(), ShmTransport(tmp_path / "no")), DataPlane()) as ends:
+    async with Ends(plane_of(shm=ShmTransport(tmp_path / "no")), plane_of()) as ends:
         assert await ends.send() == "tcp"
 
 
 async def test_the_setting_restricts_what_is_used():
-    async with Ends(DataPlane(), DataPlane(["tcp"])) as ends:
+    async with Ends(plane_of(), plane_of("tcp")) as ends:
         assert await ends.send() == "tcp"
-    async with Ends(DataPlane(["tcp"]), DataPlane(["shm"])) as ends:
+    async with Ends(plane_of("tcp"), plane_of("shm")) as ends:
         with pytest.raises(HandoffError, match=r"no transport to .* works: shm: not offered"):
             await ends.sender.connect(ends.address)
 
 
 async def test_the_setting_gives_the_order():
-    async with Ends(DataPlane(), DataPlane(["tcp", "shm"])) as ends:
+    async with Ends(plane_of(), plane_of("tcp", "shm")) as ends:
         assert await ends.send() == "tcp"
 
 
 async def test_a_transport_that_changes_bytes_fails_its_test_and_is_not_used():
-    async with Ends(DataPlane(), with_shm(DataPlane(), Flaky())) as ends:
+    async with Ends(plane_of(), plane_of(shm=Flaky())) as ends:
         assert await ends.send() == "tcp"
         assert ends.sender.take_events() == {"transport_failed_shm": 1}
     assert mappings() == 0
 
 
 async def test_a_link_that_breaks_is_replaced_by_the_next_transport():
-    async with Ends(DataPlane(), DataPlane()) as ends:
+    async with Ends(plane_of(), plane_of()) as ends:
         assert await ends.send() == "shm"
         await (await ends.sender.connect(ends.address)).close()
         assert ends.sender.links() == {}
@@ -128,7 +131,7 @@ async def test_a_link_that_breaks_is_replaced_by_the_next_transport():
 
 async def test_a_better_transport_is_tried_again_after_a_pause_beside_the_traffic(monkeypatch):
     monkeypatch.setattr(plane, "FIRST_PAUSE_S", 0.05)
-    async with Ends(DataPlane(), DataPlane()) as ends:
+    async with Ends(plane_of(), plane_of()) as ends:
         assert await ends.send() == "shm"
         await (await ends.sender.connect(ends.address)).close()
         assert await ends.send() == "tcp"
@@ -142,7 +145,7 @@ async def test_a_better_transport_is_tried_again_after_a_pause_beside_the_traffi
 async def test_a_transport_that_keeps_failing_is_left_alone_for_longer_and_longer(monkeypatch):
     monkeypatch.setattr(plane, "FIRST_PAUSE_S", 0.01)
     flaky = Flaky()
-    async with Ends(DataPlane(), with_shm(DataPlane(), flaky)) as ends:
+    async with Ends(plane_of(), plane_of(shm=flaky)) as ends:
         assert await ends.send() == "tcp"
         peer = ends.sender._peers[ends.address]
         pauses = [peer.pauses_s["shm"]]
@@ -156,29 +159,29 @@ async def test_a_transport_that_keeps_failing_is_left_alone_for_longer_and_longe
 
 
 async def test_another_process_behind_the_address_starts_with_a_clean_record():
-    async with Ends(DataPlane(), DataPlane()) as ends:
+    async with Ends(plane_of(), plane_of()) as ends:
         assert await ends.send() == "shm"
         await (await ends.sender.connect(ends.address)).close()
         assert await ends.send() == "tcp"
-        await ends.restart(DataPlane())
+        await ends.restart(plane_of())
         await until(lambda: ends.sender.links() == {})
         assert await ends.send() == "shm"
 
 
 async def test_a_peer_that_is_gone_is_an_error_and_found_again_when_it_is_back():
-    async with Ends(DataPlane(), DataPlane()) as ends:
+    async with Ends(plane_of(), plane_of()) as ends:
         assert await ends.send() == "shm"
         await ends.receiver.close()
         await until(lambda: ends.sender.links() == {})
         with pytest.raises(HandoffError, match="cannot connect"):
             await ends.sender.connect(ends.address)
-        await ends.restart(DataPlane())
+        await ends.restart(plane_of())
         assert await ends.send() == "shm"
 
 
 async def test_a_peer_killed_and_started_again_under_its_address_is_used_again():
     peer = Process("receive", "plane")
-    sender = DataPlane()
+    sender = plane_of()
     address = (await peer.line()).strip('"')
     link = await sender.connect(address)
     assert link.transport == "shm"
@@ -197,14 +200,14 @@ async def test_a_peer_killed_and_started_again_under_its_address_is_used_again()
 
 
 async def test_a_test_transfer_leaves_no_link_behind():
-    async with Ends(DataPlane(), DataPlane()) as ends:
+    async with Ends(plane_of(), plane_of()) as ends:
         assert 0 < await ends.sender.probe(ends.address) < 5
         assert ends.sender.links() == {}
         await until(lambda: mappings() == 0, 1.0)
 
 
 async def test_many_who_ask_at_once_share_one_link():
-    async with Ends(DataPlane(), DataPlane()) as ends:
+    async with Ends(plane_of(), plane_of()) as ends:
         links = await asyncio.gather(*(ends.sender.connect(ends.address) for _ in range(20)))
         assert len({id(link) for link in links}) == 1
 
@@ -213,7 +216,7 @@ async def test_many_who_ask_at_once_share_one_link():
     "told", [b"no json", b"[]", b'{"offers": 3}', b'{"offers": {"shm": 3}}', b"\xff"]
 )
 async def test_offers_that_make_no_sense_are_an_error_and_no_crash(told):
-    receiver, sender = TcpTransport(), DataPlane()
+    receiver, sender = TcpTransport(), plane_of()
     address = f"127.0.0.1:{await receiver.listen('127.0.0.1', 0, Inbox(), told)}"
     with pytest.raises(HandoffError, match="offers cannot be read"):
         await sender.connect(address)
@@ -223,7 +226,7 @@ async def test_offers_that_make_no_sense_are_an_error_and_no_crash(told):
 
 async def test_offers_of_a_later_version_are_left_out():
     told = b'{"instance": "i", "offers": {"teleport": {"to": "x"}, "shm": {"folder": 3}}}'
-    receiver, sender = TcpTransport(), DataPlane()
+    receiver, sender = TcpTransport(), plane_of()
     address = f"127.0.0.1:{await receiver.listen('127.0.0.1', 0, Inbox(), told)}"
     assert (await sender.connect(address)).transport == "tcp"
     await sender.close()

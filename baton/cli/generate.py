@@ -58,10 +58,12 @@ def _offline(args: argparse.Namespace, prompts: list[str]) -> int:
     params = SamplingParams(**fields)
     with LLM(folder, dtype=args.dtype, max_model_len=args.max_model_len, device=args.device) as llm:
         began = time.monotonic()
+        bar = len(prompts) > 1 and sys.stderr.isatty()
         if args.chat:
-            results = llm.chat([[{"role": "user", "content": p}] for p in prompts], params)
+            chats = [[{"role": "user", "content": p}] for p in prompts]
+            results = llm.chat(chats, params, use_tqdm=bar)
         else:
-            results = llm.generate(prompts, params)
+            results = llm.generate(prompts, params, use_tqdm=bar)
         seconds = time.monotonic() - began
     for prompt, result in zip(prompts, results, strict=True):
         _print(args, prompt, result.outputs[0].text, result.outputs[0].finish_reason)

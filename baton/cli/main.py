@@ -17,7 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("baton.cli.serve", "run one service: gateway, prefill, decode or kvstore"),
     "quantize": ("baton.cli.quantize", "write an FP8 checkpoint from an unquantized one"),
     "eval": ("baton.eval.run", "exact-match accuracy of a model folder or an endpoint"),
-    "bench": ("baton.cli.bench", "benchmark a running endpoint"),
+    "bench": ("baton.cli.bench", "measure the speed of an endpoint, or of a model in this process"),
 }
 EXIT_INTERRUPTED = 130
 

@@ -43,6 +43,13 @@ def test_generate_reads_a_pipe_and_writes_json():
     assert answer == {"prompt": QUESTION, "text": "4821", "finish_reason": "stop"}
 
 
+def test_generate_does_not_say_a_bad_word():
+    flags = ["--chat", "--temperature=0", "--frequency-penalty=0.1", "--bad-word=4821"]
+    done = baton("generate", *flags, QUESTION)
+    assert done.returncode == 0, done.stderr
+    assert "4821" not in done.stdout
+
+
 def test_generate_without_a_prompt_is_refused():
     refused = baton("generate", input="")
     assert refused.returncode == 1

@@ -51,8 +51,10 @@ def specs(plan: MeshPlan, ports: Iterator[int]) -> list[ServiceSpec]:
     kvstore = _addresses(stores)
     workers: dict[str, list[ServiceSpec]] = {"prefill": [], "decode": []}
     for role, count in (("prefill", plan.prefill), ("decode", plan.decode)):
+        # Decode workers meet the prefill workers, which therefore come first.
+        peers = _addresses(workers["prefill"]) if role == "decode" else ""
         for i in range(count):
-            workers[role].append(_worker(plan, role, i, next(ports), kvstore))
+            workers[role].append(_worker(plan, role, i, next(ports), kvstore, peers))
     gateway = _gateway(plan, _addresses(workers["prefill"]), _addresses(workers["decode"]), kvstore)
     return [*stores, *workers["prefill"], *workers["decode"], gateway]
 
@@ -75,7 +77,9 @@ def _kvstore(plan: MeshPlan, index: int, port: int) -> ServiceSpec:
     return ServiceSpec(f"kvstore-{index}", "kvstore", _common(plan, port), f"{HOST}:{port}")
 
 
-def _worker(plan: MeshPlan, role: str, index: int, port: int, kvstore: str) -> ServiceSpec:
+def _worker(
+    plan: MeshPlan, role: str, index: int, port: int, kvstore: str, prefill: str
+) -> ServiceSpec:
     # Threads of all workers together should not be more than the cores: they would only wait.
     threads = max(1, plan.cores // (plan.prefill + plan.decode))
     flags = (
@@ -83,6 +87,7 @@ def _worker(plan: MeshPlan, role: str, index: int, port: int, kvstore: str) -> S
         f"--model={plan.model}",
         f"--threads={threads}",
         *((f"--kvstore={kvstore}",) if kvstore else ()),
+        *((f"--prefill={prefill}",) if prefill else ()),
         *plan.worker_flags,
     )
     return ServiceSpec(f"{role}-{index}", role, flags, f"{HOST}:{port}")

@@ -35,7 +35,7 @@ class GetStateRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStateResponse(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "role", "status", "model", "load", "data_address", "version", "data_links")
+    __slots__ = ("worker_id", "incarnation", "role", "status", "model", "load", "data_address", "version", "data_links", "peers")
     class DataLinksEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,7 @@ class GetStateResponse(_message.Message):
     DATA_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DATA_LINKS_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     role: Role
@@ -61,7 +62,24 @@ class GetStateResponse(_message.Message):
     data_address: str
     version: str
     data_links: _containers.ScalarMap[str, str]
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., status: _Optional[_Union[WorkerStatus, str]] = ..., model: _Optional[_Union[ModelCard, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., data_address: _Optional[str] = ..., version: _Optional[str] = ..., data_links: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    peers: _containers.RepeatedCompositeFieldContainer[Peer]
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., status: _Optional[_Union[WorkerStatus, str]] = ..., model: _Optional[_Union[ModelCard, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., data_address: _Optional[str] = ..., version: _Optional[str] = ..., data_links: _Optional[_Mapping[str, str]] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ...) -> None: ...
+
+class Peer(_message.Message):
+    __slots__ = ("address", "worker_id", "incarnation", "status", "error", "test_transfer_ms")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    TEST_TRANSFER_MS_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    worker_id: str
+    incarnation: str
+    status: str
+    error: str
+    test_transfer_ms: float
+    def __init__(self, address: _Optional[str] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., status: _Optional[str] = ..., error: _Optional[str] = ..., test_transfer_ms: _Optional[float] = ...) -> None: ...
 
 class ModelCard(_message.Message):
     __slots__ = ("name", "max_model_len", "block_size", "block_bytes", "kv_dtype", "fingerprint", "vocab_size")
@@ -239,25 +257,49 @@ class TokenDelta(_message.Message):
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]
     def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error: _Optional[_Union[_common_pb2.Error, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
+class MeetRequest(_message.Message):
+    __slots__ = ("worker_id", "incarnation", "data_address", "model", "frame_version", "version")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    DATA_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    FRAME_VERSION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    incarnation: str
+    data_address: str
+    model: ModelCard
+    frame_version: int
+    version: str
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., data_address: _Optional[str] = ..., model: _Optional[_Union[ModelCard, _Mapping]] = ..., frame_version: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+
+class MeetResponse(_message.Message):
+    __slots__ = ("worker_id", "incarnation", "test_transfer_ms", "version")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    TEST_TRANSFER_MS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    incarnation: str
+    test_transfer_ms: float
+    version: str
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., test_transfer_ms: _Optional[float] = ..., version: _Optional[str] = ...) -> None: ...
+
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "handoff", "token_ids", "num_tokens", "first_block", "tenant", "data_address", "model")
+    __slots__ = ("request_id", "handoff", "token_ids", "num_tokens", "first_block", "tenant")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
-    DATA_ADDRESS_FIELD_NUMBER: _ClassVar[int]
-    MODEL_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     handoff: Handoff
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     num_tokens: int
     first_block: int
     tenant: str
-    data_address: str
-    model: ModelCard
-    def __init__(self, request_id: _Optional[str] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[int] = ..., first_block: _Optional[int] = ..., tenant: _Optional[str] = ..., data_address: _Optional[str] = ..., model: _Optional[_Union[ModelCard, _Mapping]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[int] = ..., first_block: _Optional[int] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class Handoff(_message.Message):
     __slots__ = ("id", "incarnation", "generation", "lease_ms")

@@ -232,6 +232,11 @@ class PrefillServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.Meet = channel.unary_unary(
+                '/baton.v1.PrefillService/Meet',
+                request_serializer=baton_dot_v1_dot_worker__pb2.MeetRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_worker__pb2.MeetResponse.FromString,
+                _registered_method=True)
         self.Prefill = channel.unary_unary(
                 '/baton.v1.PrefillService/Prefill',
                 request_serializer=baton_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
@@ -243,10 +248,18 @@ class PrefillServiceServicer:
     """A prefill worker is a producer of KV.
     """
 
+    def Meet(self, request, context):
+        """Comes before any Prefill of a decode worker's process: both say whose KV they have, and a test
+        transfer goes to `data_address`. INVALID_ARGUMENT names what does not fit, with both values.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Prefill(self, request, context):
         """Computes KV for tokens[0 : num_tokens] and pushes the blocks from `first_block` on to
-        `data_address`. Returns when the last payload was accepted by the receiver. Cancelling the
-        call stops the work.
+        the decode worker's data plane. Returns when the last payload was accepted by the receiver.
+        Cancelling the call stops the work. INVALID_ARGUMENT with code `not_met`: Meet comes first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -255,6 +268,11 @@ class PrefillServiceServicer:
 
 def add_PrefillServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Meet': grpc.unary_unary_rpc_method_handler(
+                    servicer.Meet,
+                    request_deserializer=baton_dot_v1_dot_worker__pb2.MeetRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_worker__pb2.MeetResponse.SerializeToString,
+            ),
             'Prefill': grpc.unary_unary_rpc_method_handler(
                     servicer.Prefill,
                     request_deserializer=baton_dot_v1_dot_worker__pb2.PrefillRequest.FromString,
@@ -271,6 +289,33 @@ def add_PrefillServiceServicer_to_server(servicer, server):
 class PrefillService:
     """A prefill worker is a producer of KV.
     """
+
+    @staticmethod
+    def Meet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.PrefillService/Meet',
+            baton_dot_v1_dot_worker__pb2.MeetRequest.SerializeToString,
+            baton_dot_v1_dot_worker__pb2.MeetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Prefill(request,

@@ -48,6 +48,7 @@ class EngineHost:
         self.status = pb.WORKER_STATUS_LOADING
         self.data_address = ""
         self.data_links: Callable[[], dict[str, str]] = dict
+        self.describe_peers: Callable[[], list[pb.Peer]] = list
         self.step = 0
         self.faults = Faults(settings.faults)
         self._lifecycle = lifecycle
@@ -61,15 +62,19 @@ class EngineHost:
     # Start ----------------------------------------------------------------------------------
 
     async def load(self, connector: KVConnector | None) -> None:
-        """Load the model, run it once, be Ready. Raises CheckpointError or ConfigError."""
+        """Load the model and run it once. Raises CheckpointError or ConfigError."""
         started = time.monotonic()
         config = self.settings.engine_config()
         self._engine = await self._on_thread(lambda: Engine(config, connector, self._on_step))
         self._engine.failure.add_done_callback(lambda f: self._post(self._give_up, f.result()))
         self._engine.start()
         await self._warm_up()
-        self.status = pb.WORKER_STATUS_READY
         log.info("loaded", model=str(config.model), seconds=round(time.monotonic() - started, 3))
+
+    def serve(self) -> None:
+        """Be Ready from now on, unless the worker is on its way out already."""
+        if self.status == pb.WORKER_STATUS_LOADING:
+            self.status = pb.WORKER_STATUS_READY
 
     async def _on_thread(self, load: Callable[[], Engine]) -> Engine:
         """A daemon thread of its own: a stop during the load does not wait for its end."""
@@ -216,8 +221,9 @@ class EngineHost:
             model=self.model_card(),
             load=self._load(),
             data_address=self.data_address,
-            version=_version(),
+            version=own_version(),
             data_links=self.data_links(),
+            peers=self.describe_peers(),
         )
 
     def _load(self) -> pb.Load:
@@ -281,7 +287,8 @@ def _reject(future: "asyncio.Future", error: BaseException) -> None:
         future.set_exception(error)
 
 
-def _version() -> str:
+def own_version() -> str:
+    """Of the installed package."""
     try:
         return version("baton")
     except PackageNotFoundError:

@@ -57,11 +57,7 @@ class WorkerSettings(ServiceSettings):
     @field_validator("kvstore")
     @classmethod
     def _check_addresses(cls, value: str) -> str:
-        try:
-            parse_addresses(value)
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
-        return value
+        return checked_addresses(value)
 
     @field_validator("transports")
     @classmethod
@@ -104,3 +100,13 @@ class WorkerSettings(ServiceSettings):
             threads=self.threads,
             tensor_parallel=self.tensor_parallel,
         )
+
+
+def checked_addresses(value: str) -> str:
+    """The setting as it is. Raises ValueError, which pydantic tells, unless it is
+    host:port[,host:port]."""
+    try:
+        parse_addresses(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    return value

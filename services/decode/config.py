@@ -1,9 +1,9 @@
 """What a decode worker is told: flags, or BATON_ variables as their defaults."""
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from common.kv.handoff import HandoffPolicy
-from common.worker.settings import WorkerSettings
+from common.worker.settings import WorkerSettings, checked_addresses
 
 
 class DecodeConfig(WorkerSettings):
@@ -12,6 +12,11 @@ class DecodeConfig(WorkerSettings):
     port: int = Field(7200, ge=0, le=65535, description="gRPC port; 0 takes a free one")
     data_port: int = Field(
         0, ge=0, le=65535, description="port where prefill workers push KV; 0 takes a free one"
+    )
+    prefill: str = Field(
+        "",
+        description="prefill workers to meet before being Ready, host:port[,host:port]; "
+        "others are met when a request names them",
     )
     remote_prefill_min_tokens: int = Field(
         64, ge=1, description="prompts with fewer uncached tokens are prefilled here"
@@ -25,6 +30,11 @@ class DecodeConfig(WorkerSettings):
     handoff_attempts: int = Field(
         3, ge=1, le=16, description="prefill workers that are asked before prefilling here"
     )
+
+    @field_validator("prefill")
+    @classmethod
+    def _check_prefill(cls, value: str) -> str:
+        return checked_addresses(value)
 
     def handoff_policy(self) -> HandoffPolicy:
         return HandoffPolicy(

@@ -16,18 +16,21 @@ from common.rpc.status import SERVICE_NAME, WorkerStatusServicer
 from common.settings import read_settings
 from common.telemetry import logging, tracing
 from common.worker.connectors import chain
-from common.worker.host import EngineHost
+from common.worker.host import EngineHost, own_version
 from services.decode.config import DecodeConfig
 from services.decode.servicer import DecodeServicer
 
 log = structlog.get_logger("decode")
 
+# How long a decode worker waits for a prefill worker to meet before it serves alone.
+PEER_WAIT_S = 10.0
 # What gateways get to read their last frames.
 CLOSE_S = 2.0
 
 
 class DecodeApp:
-    """GetState answers from the first moment; health says SERVING once the model runs."""
+    """GetState answers from the first moment; health says SERVING once the model runs and a prefill
+    worker was met, where one can be."""
 
     def __init__(self, config: DecodeConfig, lifecycle: Lifecycle) -> None:
         self._config = config
@@ -36,6 +39,8 @@ class DecodeApp:
         self._loop = LoopThread("baton-kv")
         self._receiver = HandoffReceiver(
             incarnation=self._host.incarnation,
+            worker_id=self._host.worker_id,
+            version=own_version(),
             model_card=self._host.model_card,
             advertise_host=config.advertised_host,
             data_host=config.host,
@@ -64,10 +69,23 @@ class DecodeApp:
         self._host.data_address = await self._listen()
         connector = chain(self._config.kvstore_addresses, self._receiver, self._loop)
         await self._host.load(connector)
+        await self._meet()
+        self._host.serve()
         await self._server.set_serving()
         log.info(
             "ready", port=port, data_address=self._host.data_address, worker=self._host.worker_id
         )
+
+    async def _meet(self) -> None:
+        """Be sure of one prefill worker before being Ready; alone where there is none."""
+        prefill, peers = self._config.prefill, self._receiver.peers
+        self._host.describe_peers = peers.describe
+        if not prefill:
+            return
+        met = await asyncio.wrap_future(self._loop.run(peers.meet_first(prefill, PEER_WAIT_S)))
+        if not met:
+            log.warning("no_prefill_worker_met", prefill=prefill, waited_s=PEER_WAIT_S)
+        self._loop.run(peers.keep_meeting(prefill))
 
     async def _listen(self) -> str:
         try:

@@ -1,8 +1,11 @@
 """What the gateway knows of one worker."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
+
+from google.protobuf.json_format import MessageToDict
 
 from baton.v1 import worker_pb2 as pb
 
@@ -32,6 +35,7 @@ class WorkerState:
     data_address: str = ""
     version: str = ""
     data_links: MappingProxyType[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    peers: tuple[Mapping[str, Any], ...] = ()
     running: int = 0
     waiting: int = 0
     max_waiting: int = 0
@@ -75,6 +79,7 @@ def from_proto(address: str, role: str, state: pb.GetStateResponse) -> WorkerSta
         data_address=state.data_address,
         version=state.version,
         data_links=MappingProxyType(dict(state.data_links)),
+        peers=tuple(MessageToDict(p, preserving_proto_field_name=True) for p in state.peers),
         running=load.running_requests,
         waiting=load.waiting_requests,
         max_waiting=load.max_waiting_requests,

@@ -17,6 +17,7 @@ from common.telemetry import logging, tracing
 from common.worker.connectors import chain
 from common.worker.host import EngineHost
 from services.prefill.config import PrefillConfig
+from services.prefill.meetings import Meetings
 from services.prefill.servicer import PrefillServicer
 
 log = structlog.get_logger("prefill")
@@ -37,6 +38,8 @@ class PrefillApp:
             tracing=self._tracing,
         )
         self._host.data_links = self._sender.links
+        meetings = Meetings(self._host.model_card, self._probe)
+        self._host.describe_peers = meetings.describe
         self._connector = chain(config.kvstore_addresses, self._sender, self._loop)
         self._server = RpcServer(config.host, config.port)
         self._server.add(
@@ -45,7 +48,7 @@ class PrefillApp:
             SERVICE_NAME,
         )
         self._server.add(
-            PrefillServicer(self._host, self._sender, self._tracing),
+            PrefillServicer(self._host, self._sender, meetings, self._tracing),
             worker_pb2_grpc.add_PrefillServiceServicer_to_server,
             "baton.v1.PrefillService",
         )
@@ -54,8 +57,13 @@ class PrefillApp:
         port = await self._server.start()
         log.info("listening", port=port)
         await self._host.load(self._connector)
+        # Decode workers come to meet this one: it is asked for nothing before.
+        self._host.serve()
         await self._server.set_serving()
         log.info("ready", port=port, worker=self._host.worker_id)
+
+    async def _probe(self, address: str) -> float:
+        return await asyncio.wrap_future(self._loop.run(self._sender.probe(address)))
 
     async def drain(self, deadline_s: float) -> None:
         await self._server.set_not_serving()

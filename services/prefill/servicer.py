@@ -3,7 +3,8 @@
 import asyncio
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import grpc
 import structlog
@@ -13,34 +14,50 @@ from baton.v1 import worker_pb2 as pb
 from baton.v1 import worker_pb2_grpc
 from common.engine.sampling_params import SamplingParams
 from common.engine.sequence import EngineRequest, RequestOutput
-from common.errors import BatonError, Cancelled, ConfigError, InvalidRequest
+from common.errors import BatonError, Cancelled, InvalidRequest
 from common.kv.connectors.handoff import HandoffSender, SendResult
 from common.kv.handoff import HandoffTarget
-from common.rpc.discovery import parse_addresses
 from common.telemetry.tracing import Tracing, context_of, extract, fail, inject
 from common.worker.host import EngineHost
 from common.worker.timeline import Timeline, now_ns
+from services.prefill.meetings import MAX_TEXT, Meetings, Met
 
 log = structlog.get_logger("prefill")
 
 HANDOFF_ID_BYTES = 16
-MAX_TEXT = 256
 MAX_LEASE_MS = 3_600_000
 
 
 class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
     """Messages to engine requests; the KV goes out through the HandoffSender connector."""
 
-    def __init__(self, host: EngineHost, sender: HandoffSender, tracing: Tracing) -> None:
+    def __init__(
+        self, host: EngineHost, sender: HandoffSender, meetings: Meetings, tracing: Tracing
+    ) -> None:
         self._host = host
         self._sender = sender
+        self._meetings = meetings
         self._tracing = tracing
         self._numbers = itertools.count()
+
+    async def Meet(
+        self, request: pb.MeetRequest, context: grpc.aio.ServicerContext
+    ) -> pb.MeetResponse:
+        self._host.require_ready()
+        met = await self._meetings.meet(request)
+        own = self._host.describe()
+        return pb.MeetResponse(
+            worker_id=own.worker_id,
+            incarnation=own.incarnation,
+            test_transfer_ms=met.test_transfer_ms,
+            version=own.version,
+        )
 
     async def Prefill(
         self, request: pb.PrefillRequest, context: grpc.aio.ServicerContext
     ) -> pb.PrefillResponse:
         self._host.require_ready()
+        decode = self._meetings.met(request.handoff.incarnation)
         check_request(request, self._host.model_card())
         metadata = _texts(context.invocation_metadata() or ())
         span = self._tracing.start(
@@ -54,7 +71,8 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
             },
         )
         try:
-            return await self._run(request, context.time_remaining(), span)
+            job = partial(_engine_request, request, decode, context.time_remaining(), span)
+            return await self._run(request.request_id, job, span)
         except asyncio.CancelledError:
             fail(span, "cancelled by the caller")
             raise
@@ -65,10 +83,10 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
             span.end()
 
     async def _run(
-        self, request: pb.PrefillRequest, remaining_s: float | None, span: Span
+        self, name: str, request: Callable[[str, Timeline], EngineRequest], span: Span
     ) -> pb.PrefillResponse:
         # One prompt can come twice (a second attempt), so the engine's id is this call's own.
-        request_id = f"{request.request_id}#{next(self._numbers)}"
+        request_id = f"{name}#{next(self._numbers)}"
         timeline = Timeline(now_ns())
         sent = asyncio.wrap_future(self._sender.completion(request_id))
         done: asyncio.Future[RequestOutput] = asyncio.get_running_loop().create_future()
@@ -78,8 +96,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
                 done.set_result(output)
 
         try:
-            job = _engine_request(request, request_id, remaining_s, span, timeline)
-            self._host.submit(job, listen)
+            self._host.submit(request(request_id, timeline), listen)
             output = await done
             self._record(span, timeline, output)
             _check_output(output, self._sender.result(request_id))
@@ -109,7 +126,6 @@ def check_request(request: pb.PrefillRequest, own: pb.ModelCard) -> None:
 
     Raises InvalidRequest, naming field and values, for what cannot be computed or used.
     """
-    _check_card(request.model, own)
     tokens = len(request.token_ids)
     if not 0 < request.num_tokens <= tokens:
         raise InvalidRequest(
@@ -132,20 +148,6 @@ def check_request(request: pb.PrefillRequest, own: pb.ModelCard) -> None:
     _check_handoff(request)
 
 
-def _check_card(theirs: pb.ModelCard, own: pb.ModelCard) -> None:
-    for field in ("block_size", "kv_dtype", "block_bytes", "fingerprint"):
-        wanted, here = getattr(theirs, field), getattr(own, field)
-        if wanted != here:
-            shown = [v.hex() if isinstance(v, bytes) else v for v in (wanted, here)]
-            raise InvalidRequest(
-                f"the decode worker's {field} is {shown[0]!r}, this prefill worker's is "
-                f"{shown[1]!r}; KV is handed over only between workers with the same model, "
-                f"--kv-dtype and --block-size",
-                field=f"model.{field}",
-                code="model_mismatch",
-            )
-
-
 def _check_handoff(request: pb.PrefillRequest) -> None:
     handoff = request.handoff
     if len(handoff.id) != HANDOFF_ID_BYTES:
@@ -161,22 +163,14 @@ def _check_handoff(request: pb.PrefillRequest) -> None:
     for field in ("request_id", "tenant"):
         if len(getattr(request, field)) > MAX_TEXT:
             raise InvalidRequest(f"{field} is over {MAX_TEXT} characters", field=field)
-    try:
-        addresses = parse_addresses(request.data_address)
-    except ConfigError as error:
-        raise InvalidRequest(f"data_address: {error}", field="data_address") from error
-    if len(addresses) != 1:
-        raise InvalidRequest(
-            f"data_address is {request.data_address!r}; it must be one host:port",
-            field="data_address",
-        )
 
 
 def _engine_request(
     request: pb.PrefillRequest,
-    request_id: str,
+    decode: Met,
     remaining_s: float | None,
     span: Span,
+    request_id: str,
     timeline: Timeline,
 ) -> EngineRequest:
     lease_s = request.handoff.lease_ms / 1000
@@ -194,7 +188,7 @@ def _engine_request(
             id=request.handoff.id,
             incarnation=request.handoff.incarnation,
             generation=request.handoff.generation,
-            data_address=request.data_address,
+            data_address=decode.data_address,
             first_block=request.first_block,
             lease_ms=request.handoff.lease_ms,
             traceparent=traceparent,

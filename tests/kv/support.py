@@ -28,6 +28,7 @@ from common.kv.handoff import HandoffTarget
 from common.kv.layout import KVLayout
 from common.rpc.loop import LoopThread
 from common.rpc.server import RpcServer
+from services.prefill.meetings import Meetings
 
 BLOCK_SIZE = 16
 LAYOUT = KVLayout(
@@ -189,6 +190,8 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
         self.sender = HandoffSender()
         around = connector_around or (lambda sender: sender)
         self.worker = Worker(around(self.sender), **kw)
+        self.meetings = Meetings(lambda: self.card, self._probe)
+        self.card = CARD
         self.calls: list[worker_pb2.PrefillRequest] = []
         self.metadata: list[dict] = []
         self.cancelled = 0
@@ -208,7 +211,15 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
         )
         self.address = f"127.0.0.1:{await self._server.start()}"
 
+    async def _probe(self, address):
+        return await asyncio.wrap_future(self.sender._loop.run(self.sender.probe(address)))
+
+    async def Meet(self, request, context):
+        await self.meetings.meet(request)
+        return worker_pb2.MeetResponse(worker_id="prefill", incarnation="p")
+
     async def Prefill(self, request, context):
+        met = self.meetings.met(request.handoff.incarnation)
         self.calls.append(request)
         self.metadata.append(dict(context.invocation_metadata()))
         try:
@@ -220,7 +231,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
             request_id = f"{request.request_id}/{secrets.token_hex(2)}"
             sent = self.sender.completion(request_id)
             with self._lock:
-                self._inbox.append(("submit", request_id, request))
+                self._inbox.append((met.data_address, request_id, request))
             self.worker.woken.set()
             result = await asyncio.wrap_future(sent)
             if result.error is not None:
@@ -237,7 +248,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
         while not self._stopping:
             with self._lock:
                 inbox, self._inbox = self._inbox, []
-            for _, request_id, request in inbox:
+            for data_address, request_id, request in inbox:
                 h = request.handoff
                 self.worker.submit(
                     request_id,
@@ -248,7 +259,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
                         h.id,
                         h.incarnation,
                         h.generation,
-                        request.data_address,
+                        data_address,
                         request.first_block,
                         h.lease_ms,
                     ),

@@ -53,14 +53,17 @@ class Rig:
             advertise_host="127.0.0.1",
             data_host="127.0.0.1",
             policy=HandoffPolicy(**policy),
-            prefill=self._prefill,
+            prefill=self,
         )
         self.address = self.receiver.listen()
         self.worker = Worker(self.receiver)
         self.transport = TcpTransport()
         self.counts: dict[str, int] = {}
 
-    async def _prefill(self, address, request, timeout_s, metadata):
+    async def meet(self, address, request, timeout_s):
+        return worker_pb2.MeetResponse(incarnation="p")
+
+    async def prefill(self, address, request, timeout_s, metadata):
         self.calls.append(request)
         self.called.set()
         await asyncio.sleep(3600)
@@ -98,7 +101,10 @@ class Rig:
         assert self.worker.computed_tokens == 1
         assert self.worker.idle()
 
-    def close(self):
+    async def close(self):
+        """The client's end."""
+
+    def stop(self):
         self.receiver.shutdown()
         self.loop.run(self.transport.close()).result(5)
         self.loop.close()
@@ -108,7 +114,7 @@ class Rig:
 def rig():
     rig = Rig()
     yield rig
-    rig.close()
+    rig.stop()
 
 
 def envelope_of(request, index: int, **changes) -> Envelope:
@@ -280,7 +286,7 @@ def test_a_frame_of_an_attempt_that_was_given_up_is_dropped_and_the_next_attempt
     assert rig.send(*frame_of(first, 1)) is Verdict.OLD_GENERATION
     assert rig.dropped("old_generation") == 1
     rig.finish(rig.calls[1], skip=1)
-    rig.close()
+    rig.stop()
 
 
 def test_frames_after_the_last_attempt_failed_are_dropped_and_the_prompt_is_computed():
@@ -290,7 +296,7 @@ def test_frames_after_the_last_attempt_failed_are_dropped_and_the_prompt_is_comp
     assert rig.send(*frame_of(request, 1)) is Verdict.AFTER_FAILURE
     assert rig.worker.run("r").finish_reason == "length"
     assert rig.dropped("after_failure") == 1
-    rig.close()
+    rig.stop()
 
 
 def test_a_frame_after_the_lease_is_dropped_even_before_the_engine_noticed():
@@ -300,7 +306,7 @@ def test_a_frame_after_the_lease_is_dropped_even_before_the_engine_noticed():
     assert rig.send(*frame_of(request, 0)) in (Verdict.EXPIRED, Verdict.AFTER_FAILURE)
     rig.worker.run("r")
     assert rig.worker.computed_tokens == len(PROMPT)
-    rig.close()
+    rig.stop()
 
 
 def test_frames_for_the_worker_that_was_here_before_a_restart_are_dropped(rig):

@@ -95,8 +95,9 @@ class Mesh:
         store_flags = ["--kvstore", spec(stores)] if stores else []
         for port in prefills:
             self.start("prefill", port, *store_flags)
+        peer_flags = ["--prefill", spec(prefills)] if prefills else []
         for port in decodes:
-            self.start("decode", port, *store_flags)
+            self.start("decode", port, *store_flags, *peer_flags)
         self.start_gateway(prefills, decodes, stores)
         wait_until(self.ready, 90, f"mesh Ready (logs in {self.folder})")
 

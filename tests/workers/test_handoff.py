@@ -8,9 +8,16 @@ import grpc
 import pytest
 
 from baton.v1 import worker_pb2, worker_pb2_grpc
+from common.errors import HandoffError, InvalidRequest
+from common.kv.handoff import Verdict
+from common.kv.transports import DataPlane
+from common.kv.wire import ENVELOPE_VERSION
 from common.rpc.channel import connect
+from common.rpc.errors import from_rpc_error
+from common.rpc.loop import LoopThread
 from tests.engine.zoo import VOCAB, checkpoint, random_prompt
-from tests.workers.support import GatewaySession, is_greedy, new_trace
+from tests.support.mesh import free_port
+from tests.workers.support import GatewaySession, is_greedy, new_trace, until
 
 
 async def spans_of(worker, trace_id):
@@ -147,7 +154,7 @@ async def test_a_cancelled_request_stops_the_prefill_worker_too(start, decode):
 
 
 @pytest.mark.parametrize("kind", ["weights", "kv_dtype", "block_size"])
-async def test_workers_that_do_not_fit_each_other_share_no_kv(start, decode, model, kind):
+async def test_workers_that_do_not_fit_each_other_share_no_kv(start, model, kind):
     flags = {
         "weights": (),
         "kv_dtype": ("--kv-dtype", "bf16"),
@@ -155,55 +162,85 @@ async def test_workers_that_do_not_fit_each_other_share_no_kv(start, decode, mod
     }
     other = checkpoint("llama", True) if kind == "weights" else model
     prefill = start("prefill", flags=flags[kind], model=other)
-    before = len(decode.events("handoff_attempt_failed"))
+    decode = start("decode", flags=("--prefill", prefill.address))  # Ready though alone
+    own, theirs = await decode.state(), await prefill.state()
+    field = "fingerprint" if kind == "weights" else kind
+    (refused,) = own.peers
+    assert (refused.address, refused.status) == (prefill.address, "refused")
+    assert [peer.status for peer in theirs.peers] == ["refused"]
+    told = [
+        refused.error,
+        theirs.peers[0].error,
+        decode.events("peer_refused")[0]["error"],
+        prefill.events("peer_refused")[0]["error"],
+    ]
+    for card in (own.model, theirs.model):
+        value = getattr(card, field)
+        shown = value.hex() if isinstance(value, bytes) else str(value)
+        assert all(shown in text for text in told), (shown, told)
     prompt = random_prompt(200, seed=2000 + len(kind))
     async with GatewaySession(decode.address) as session:
         reply = await session.submit(prompt, candidates=[prefill.address])
         await reply.end()
         assert reply.error is None
         assert is_greedy(model, prompt, reply.tokens, 16)
-    own, theirs = (await decode.state()).model, (await prefill.state()).model
-    field = "fingerprint" if kind == "weights" else kind
-    (failed,) = decode.events("handoff_attempt_failed")[before:]
-    for card in (own, theirs):
-        value = getattr(card, field)
-        assert (value.hex() if isinstance(value, bytes) else str(value)) in failed["error"]
+    # It is not even asked.
+    assert decode.events("handoff_attempt_failed") == []
 
 
 class Caller:
-    """Calls Prefill as a decode worker would, with one thing changed."""
+    """Calls a prefill worker as a decode worker would, with one thing changed."""
 
     def __init__(self, channel, card):
         self.stub = worker_pb2_grpc.PrefillServiceStub(channel)
         self.card = card
+        self.incarnation = secrets.token_hex(4)
+
+    def introduction(self, **changes):
+        fields = {
+            "worker_id": "d",
+            "incarnation": self.incarnation,
+            "data_address": "127.0.0.1:9",
+            "model": self.card,
+            "frame_version": ENVELOPE_VERSION,
+        }
+        return worker_pb2.MeetRequest(**{**fields, **changes})
 
     def request(self, **changes):
         handoff = worker_pb2.Handoff(
-            id=secrets.token_bytes(16), incarnation="x", generation=1, lease_ms=5000
+            id=secrets.token_bytes(16),
+            incarnation=self.incarnation,
+            generation=1,
+            lease_ms=5000,
         )
-        fields = {
-            "request_id": "r",
-            "handoff": handoff,
-            "token_ids": [5] * 40,
-            "num_tokens": 39,
-            "data_address": "127.0.0.1:9",
-            "model": self.card,
-        }
+        fields = {"request_id": "r", "handoff": handoff, "token_ids": [5] * 40, "num_tokens": 39}
         return worker_pb2.PrefillRequest(**{**fields, **changes})
 
     async def refusal(self, **changes):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await self.stub.Prefill(self.request(**changes), timeout=10)
-        return caught.value.code(), caught.value.details()
+        return from_rpc_error(caught.value)
+
+    async def snub(self, **changes):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await self.stub.Meet(self.introduction(**changes), timeout=10)
+        return from_rpc_error(caught.value)
 
 
 async def test_a_bad_prefill_request_is_refused_by_name_and_the_worker_lives_on(prefill):
     card = (await prefill.state()).model
-    invalid = grpc.StatusCode.INVALID_ARGUMENT
-    short = worker_pb2.Handoff(id=b"x", lease_ms=5000)
-    no_lease = worker_pb2.Handoff(id=bytes(16))
+    receiver, loop = DataPlane(), LoopThread("test")
+
+    async def drop(frame):
+        return Verdict.UNKNOWN_HANDOFF
+
+    port = loop.run(receiver.listen("127.0.0.1", 0, drop)).result(5)
     async with connect(prefill.address) as channel:
         caller = Caller(channel, card)
+        own = caller.incarnation
+        short = worker_pb2.Handoff(id=b"x", incarnation=own, lease_ms=5000)
+        no_lease = worker_pb2.Handoff(id=bytes(16), incarnation=own)
+        await caller.stub.Meet(caller.introduction(data_address=f"127.0.0.1:{port}"), timeout=10)
         for text, change in {
             "num_tokens is 41": {"num_tokens": 41},
             "num_tokens is 0": {"num_tokens": 0},
@@ -212,13 +249,78 @@ async def test_a_bad_prefill_request_is_refused_by_name_and_the_worker_lives_on(
             "1025 tokens": {"token_ids": [5] * 1025},
             "handoff.id has 1 bytes": {"handoff": short},
             "lease_ms is 0": {"handoff": no_lease},
-            "data_address": {"data_address": "a:1,b:2"},
-            "model": {"model": worker_pb2.ModelCard()},
         }.items():
-            code, details = await caller.refusal(**change)
-            assert code is invalid, (text, details)
-            assert text in details
-        # A receiver that is not there is no fault of the request.
-        code, _ = await caller.refusal()
-        assert code in (grpc.StatusCode.ABORTED, grpc.StatusCode.UNAVAILABLE)
+            error = await caller.refusal(**change)
+            assert isinstance(error, InvalidRequest), (text, error)
+            assert text in str(error)
+        # A receiver that does not want the KV is no fault of the request.
+        assert "unknown_handoff" in str(await caller.refusal())
+    loop.run(receiver.close()).result(5)
+    loop.close()
     await prefill.idle()
+
+
+async def test_a_process_that_was_not_met_is_refused_and_so_is_a_bad_introduction(prefill):
+    card = (await prefill.state()).model
+    async with connect(prefill.address) as channel:
+        caller = Caller(channel, card)
+        stranger = worker_pb2.Handoff(id=bytes(16), incarnation="stranger", lease_ms=5000)
+        assert (await caller.refusal(handoff=stranger)).code == "not_met"
+        for text, change in {
+            "data_address": {"data_address": "a:1,b:2"},
+            "incarnation must have": {"incarnation": ""},
+            "worker_id must have": {"worker_id": "w" * 257},
+            "block_size is 0": {"model": worker_pb2.ModelCard()},
+            "frame_version is 1,": {"frame_version": 1},
+        }.items():
+            error = await caller.snub(**change)
+            assert isinstance(error, InvalidRequest)
+            assert text in str(error)
+        # Nobody listens there.
+        assert isinstance(await caller.snub(), HandoffError)
+        assert (await caller.refusal()).code == "not_met"
+    states = {peer.address: peer.status for peer in (await prefill.state()).peers}
+    assert states["127.0.0.1:9"] == "unreachable"
+
+
+async def test_a_decode_worker_is_ready_after_a_test_transfer_with_a_prefill_worker(start, model):
+    port = free_port()
+    decode = start("decode", flags=("--prefill", f"127.0.0.1:{port}"), ready=False)
+    await until(lambda: decode.events("loaded"), "decode loaded", 60)
+    assert decode.events("ready") == []
+    prefill = start("prefill", flags=("--port", str(port)), ready=False)
+    decode.ready()
+    met = decode.events("peer_met")
+    assert [event["peer"] for event in met] == [f"127.0.0.1:{port}"]
+    assert decode.events("no_prefill_worker_met") == []
+    state = await prefill.ready().state()
+    (peer,) = state.peers
+    assert (peer.status, peer.address) == ("met", (await decode.state()).data_address)
+    assert peer.test_transfer_ms > 0
+
+
+async def test_a_prefill_worker_that_restarts_is_met_again_and_one_of_another_model_is_not_used(
+    start, model
+):
+    first = start("prefill")
+    port = ("--port", first.address.rpartition(":")[2])
+    decode = start("decode", flags=("--prefill", first.address))
+
+    async def ask(session, seed):
+        prompt = random_prompt(200, seed=seed)
+        reply = await session.submit(prompt, candidates=[first.address])
+        await reply.end()
+        assert reply.error is None
+        assert is_greedy(model, prompt, reply.tokens, 16)
+        return (await decode.idle()).load.counters["handoffs_completed"]
+
+    async with GatewaySession(decode.address) as session:
+        assert await ask(session, 5000) == 1
+        first.stop(kill=True)
+        second = start("prefill", flags=port)
+        assert await ask(session, 5001) == 2
+        second.stop(kill=True)
+        start("prefill", flags=port, model=checkpoint("llama", True))
+        assert await ask(session, 5002) == 2
+        (peer,) = (await decode.state()).peers
+        assert (peer.status, "fingerprint" in peer.error) == ("refused", True)

@@ -1,7 +1,7 @@
-"""The decode worker's call to a prefill worker."""
+"""The decode worker's calls to a prefill worker."""
 
 import collections
-from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 import grpc
 
@@ -10,12 +10,22 @@ from common.rpc.channel import connect
 from common.rpc.errors import from_rpc_error
 
 Metadata = tuple[tuple[str, str], ...]
-# address, request, seconds, metadata: one call of PrefillService.Prefill. Raises BatonError.
-PrefillCall = Callable[
-    [str, worker_pb2.PrefillRequest, float, Metadata], Awaitable[worker_pb2.PrefillResponse]
-]
 
 MAX_CHANNELS = 512
+
+
+class PrefillClient(Protocol):
+    """What a decode worker asks of prefill workers, by address. Calls raise BatonError."""
+
+    async def meet(
+        self, address: str, request: worker_pb2.MeetRequest, timeout_s: float
+    ) -> worker_pb2.MeetResponse: ...
+
+    async def prefill(
+        self, address: str, request: worker_pb2.PrefillRequest, timeout_s: float, metadata: Metadata
+    ) -> worker_pb2.PrefillResponse: ...
+
+    async def close(self) -> None: ...
 
 
 class GrpcPrefill:
@@ -24,9 +34,25 @@ class GrpcPrefill:
     def __init__(self) -> None:
         self._channels: collections.OrderedDict[str, grpc.aio.Channel] = collections.OrderedDict()
 
-    async def __call__(
+    async def meet(
+        self, address: str, request: worker_pb2.MeetRequest, timeout_s: float
+    ) -> worker_pb2.MeetResponse:
+        stub = await self._stub(address)
+        try:
+            return await stub.Meet(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+
+    async def prefill(
         self, address: str, request: worker_pb2.PrefillRequest, timeout_s: float, metadata: Metadata
     ) -> worker_pb2.PrefillResponse:
+        stub = await self._stub(address)
+        try:
+            return await stub.Prefill(request, timeout=timeout_s, metadata=metadata)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+
+    async def _stub(self, address: str) -> worker_pb2_grpc.PrefillServiceStub:
         channel = self._channels.get(address)
         if channel is None:
             channel = self._channels[address] = connect(address)
@@ -34,11 +60,7 @@ class GrpcPrefill:
         if len(self._channels) > MAX_CHANNELS:
             _, oldest = self._channels.popitem(last=False)
             await oldest.close()
-        stub = worker_pb2_grpc.PrefillServiceStub(channel)
-        try:
-            return await stub.Prefill(request, timeout=timeout_s, metadata=metadata)
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
+        return worker_pb2_grpc.PrefillServiceStub(channel)
 
     async def close(self) -> None:
         for channel in self._channels.values():

@@ -10,7 +10,7 @@ import asyncio
 import collections
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,7 +22,8 @@ from baton.v1 import worker_pb2
 from common.errors import BatonError, HandoffError, WireError
 from common.kv.connector import KVCaches, KVConnector
 from common.kv.connectors.pages import write_layers
-from common.kv.connectors.prefill_call import GrpcPrefill, Metadata, PrefillCall
+from common.kv.connectors.peers import Peers
+from common.kv.connectors.prefill_call import GrpcPrefill, Metadata, PrefillClient
 from common.kv.connectors.transfer import CallEnded, Corrupt, Frame, Transfer
 from common.kv.handoff import (
     Accept,
@@ -34,7 +35,7 @@ from common.kv.handoff import (
 )
 from common.kv.keys import chain_keys
 from common.kv.transports import DataPlane, Transport
-from common.kv.wire import decode_handoff_frame, partial_block_key
+from common.kv.wire import ENVELOPE_VERSION, decode_handoff_frame, partial_block_key
 from common.rpc.discovery import join_address
 from common.rpc.loop import LoopThread
 from common.telemetry.tracing import Tracing, context_of, extract, fail, inject
@@ -53,11 +54,13 @@ class HandoffReceiver(KVConnector):
     """Has a prefill worker fill the blocks of a prompt that this decode worker lacks.
 
     incarnation     this process's, new at each start
-    model_card      called when the first handoff starts: the engine has loaded by then
+    worker_id       its name for people
+    version         of Baton, told to peers
+    model_card      called when the first prefill worker is met: the engine has loaded by then
     advertise_host  the host under which prefill workers reach this one
     data_host, data_port  where frames are accepted; port 0 takes any free one
     policy          when to ask and for how long
-    prefill         the call to a prefill worker; gRPC when None
+    prefill         the calls to prefill workers; gRPC when None
     loop            shared with other connectors; one of its own when None
     transport       how frames travel; every transport there is when None
     tracing         where `decode.handoff` spans go; none are made when None
@@ -72,15 +75,19 @@ class HandoffReceiver(KVConnector):
         incarnation: str,
         model_card: Callable[[], worker_pb2.ModelCard],
         advertise_host: str,
+        worker_id: str = "decode",
+        version: str = "",
         data_host: str = "0.0.0.0",
         data_port: int = 0,
         policy: HandoffPolicy | None = None,
         loop: LoopThread | None = None,
-        prefill: PrefillCall | None = None,
+        prefill: PrefillClient | None = None,
         transport: Transport | None = None,
         tracing: Tracing | None = None,
     ) -> None:
         self._incarnation = incarnation
+        self._worker_id = worker_id
+        self._version = version
         self._model_card = model_card
         self._advertise_host = advertise_host
         self._data_host = data_host
@@ -88,8 +95,7 @@ class HandoffReceiver(KVConnector):
         self._policy = policy or HandoffPolicy()
         self._owns_loop = loop is None
         self._loop = loop or LoopThread("baton-handoff")
-        self._grpc_prefill = GrpcPrefill() if prefill is None else None
-        self._prefill: PrefillCall = prefill or self._grpc_prefill
+        self.peers = Peers(prefill or GrpcPrefill(), self._introduction)
         self._transport: Transport = transport or DataPlane()
         self._tracing = tracing
         self._caches: KVCaches | None = None
@@ -164,7 +170,7 @@ class HandoffReceiver(KVConnector):
         lacking = sequence.prompt_len - 1 - num_computed_tokens
         asks = (
             isinstance(request.transfer, PrefillCandidates)
-            and bool(request.transfer.addresses)
+            and bool(self.peers.in_order(request.transfer.addresses))
             and request.prefill_tokens is None
             and bool(self._address)
             and lacking >= max(1, self._policy.min_tokens)
@@ -184,7 +190,7 @@ class HandoffReceiver(KVConnector):
         transfer = Transfer(
             id=secrets.token_bytes(16),
             sequence=sequence,
-            candidates=sequence.request.transfer,
+            addresses=self.peers.in_order(sequence.request.transfer.addresses),
             wanted=self._wanted(sequence, block_ids, first),
             total=caches.layout.blocks_for(tokens),
             started=time.monotonic(),
@@ -292,8 +298,7 @@ class HandoffReceiver(KVConnector):
 
     async def _close(self) -> None:
         await self._transport.close()
-        if self._grpc_prefill is not None:
-            await self._grpc_prefill.close()
+        await self.peers.close()
 
     # Attempts, on the engine's thread -------------------------------------------------------
 
@@ -315,11 +320,11 @@ class HandoffReceiver(KVConnector):
             )
         else:
             transfer.generation = table.retry(transfer.id, now + lease_s, now)
-        address = transfer.candidates.addresses[transfer.attempt]
+        address = transfer.addresses[transfer.attempt]
         first_block = table.missing(transfer.id)[0].index
         request = self._request(transfer, first_block, lease_s)
-        call = self._prefill(address, request, lease_s, self._metadata(transfer))
-        transfer.call = self._loop.run(_await(call))
+        metadata = self._metadata(transfer)
+        transfer.call = self._loop.run(self.peers.prefill(address, request, lease_s, metadata))
         transfer.call.add_done_callback(partial(self._call_ended, transfer.id, transfer.generation))
 
     def _request(
@@ -338,8 +343,16 @@ class HandoffReceiver(KVConnector):
             num_tokens=len(request.prompt_token_ids) - 1,
             first_block=first_block,
             tenant=request.tenant,
+        )
+
+    def _introduction(self) -> worker_pb2.MeetRequest:
+        return worker_pb2.MeetRequest(
+            worker_id=self._worker_id,
+            incarnation=self._incarnation,
             data_address=self._address,
             model=self._model_card(),
+            frame_version=ENVELOPE_VERSION,
+            version=self._version,
         )
 
     def _call_ended(self, handoff_id: bytes, generation: int, call: "Future[Any]") -> None:
@@ -370,7 +383,7 @@ class HandoffReceiver(KVConnector):
             self._next_attempt(self._transfers[overdue.handoff_id], overdue.reason)
 
     def _next_attempt(self, transfer: Transfer, reason: str) -> None:
-        addresses = transfer.candidates.addresses
+        addresses = transfer.addresses
         log.warning(
             "handoff_attempt_failed",
             handoff=transfer.id.hex(),
@@ -439,7 +452,7 @@ class HandoffReceiver(KVConnector):
     def _start_span(self, transfer: Transfer) -> Span | None:
         if self._tracing is None:
             return None
-        candidates = transfer.candidates
+        candidates = transfer.sequence.request.transfer
         return self._tracing.start(
             "decode.handoff",
             extract(candidates.traceparent, candidates.tracestate),
@@ -452,7 +465,7 @@ class HandoffReceiver(KVConnector):
 
     def _metadata(self, transfer: Transfer) -> Metadata:
         """W3C trace context for the call: this handoff's span, else the request's."""
-        candidates = transfer.candidates
+        candidates = transfer.sequence.request.transfer
         parent, state = candidates.traceparent, candidates.tracestate
         if transfer.span is not None:
             parent, state = inject(context_of(transfer.span))
@@ -477,7 +490,3 @@ def _answer(verdicts: list[tuple["asyncio.Future[int]", int]]) -> None:
     for verdict, status in verdicts:
         if not verdict.done():
             verdict.set_result(status)
-
-
-async def _await(call: Awaitable[T]) -> T:
-    return await call

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from opentelemetry.trace import Span
 
-from common.kv.handoff import PrefillCandidates, WantedBlock
+from common.kv.handoff import WantedBlock
 from common.kv.wire import Block, Envelope
 
 if TYPE_CHECKING:
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Transfer:
-    """One handoff as the engine's thread knows it."""
+    """One handoff as the engine's thread knows it. `addresses` are the prefill workers to ask."""
 
     id: bytes
     sequence: "Sequence"
-    candidates: PrefillCandidates
+    addresses: tuple[str, ...]
     wanted: list[WantedBlock]
     total: int
     started: float

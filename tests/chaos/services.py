@@ -147,8 +147,10 @@ class ChaosMesh:
             flags += [f"--model={TINY}", f"--kvstore={stores}"]
         if role in ("prefill", "decode"):
             flags += ["--threads=1", *self.worker_flags]
+        if role in ("decode", "gateway"):
+            flags += [f"--prefill={self._spec('prefill')}"]
         if role == "gateway":
-            flags += [f"--prefill={self._spec('prefill')}", f"--decode={self._spec('decode')}"]
+            flags += [f"--decode={self._spec('decode')}"]
             flags += [f"--http-port={HTTP_PORT}"]
         # `ip netns exec` replaces itself, so the process is the service's own.
         command = [*self.network.inside(name), sys.executable, "-m", f"services.{role}.main"]

@@ -23,6 +23,10 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
+# Logits that are worked on at a time, and tokens that top-k and top-p look at before all of them.
+CHUNK = 2**19
+CANDIDATES = 128
+
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
     """Philox 4x32-10: four random 32-bit words of a counter and a key."""
@@ -49,29 +53,6 @@ def uniform(seed: int, position: int) -> float:
     counter = (position & _MASK, position >> 32 & _MASK, 0, 0)
     high, low, _, _ = philox(counter, (seed & _MASK, seed >> 32 & _MASK))
     return ((high << 32 | low) >> 11) * 2.0**-53
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """One tensor per setting, a value per row, [n, 1]."""
-
-    temperature: torch.Tensor
-    min_p: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-
-    @classmethod
-    def of(cls, params: Seq[SamplingParams], vocab: int, like: torch.Tensor) -> "_Settings":
-        def column(values: list[float]) -> torch.Tensor:
-            return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
-
-        top_k = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
-        return cls(
-            temperature=column([p.temperature for p in params]),
-            min_p=column([p.min_p for p in params]),
-            top_k=torch.tensor(top_k, device=like.device).unsqueeze(1),
-            top_p=column([p.top_p for p in params]),
-        )
 
 
 class Sampler:
@@ -167,35 +148,140 @@ def _rows(logits: torch.Tensor, rows: Seq[int]) -> torch.Tensor:
 def _sample_rows(
     logits: torch.Tensor, params: Seq[SamplingParams], uniforms: Seq[float]
 ) -> list[int]:
-    """One token per row by the inverse of the filtered distribution's cumulative sum.
+    """One token per row: of the tokens that pass the row's filters, in the order of their ids, the
+    one where the cumulative sum of their probabilities passes the row's random number.
 
-    logits [n, vocab], finite maximum; uniforms n numbers in [0, 1)
+    logits [n, vocab] float32, finite maximum; uniforms n numbers in [0, 1)
     """
-    # float64: sums over a big vocabulary are then exact enough not to depend on the batch.
-    ordered, tokens = torch.sort(logits.double(), dim=-1, descending=True, stable=True)
-    settings = _Settings.of(params, logits.shape[-1], ordered)
-    weights = filtered_weights(ordered, settings)
-    totals = weights.cumsum(dim=-1)
-    draw = torch.tensor(uniforms, dtype=totals.dtype, device=totals.device).unsqueeze(1)
-    rank = torch.searchsorted(totals, draw * totals[:, -1:], right=True)
-    # Rounding may carry the draw to the very end: the last token kept is meant.
-    last = (weights > 0).sum(dim=-1, keepdim=True) - 1
-    return tokens.gather(1, torch.minimum(rank, last)).squeeze(1).tolist()
+    vocab = logits.shape[-1]
+    tokens = [0] * len(params)
+    wide = [i for i, p in enumerate(params) if not _is_sorted(p, vocab)]
+    narrow = [i for i, p in enumerate(params) if _is_sorted(p, vocab)]
+    # Few rows at a time: what is made of them stays in the cache.
+    size = max(1, CHUNK // vocab)
+    for rows, sample in ((wide, _sample_all), (narrow, _sample_likeliest)):
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            settings = _Settings.of([params[i] for i in part], [uniforms[i] for i in part], logits)
+            for i, token in zip(part, sample(logits[part], settings), strict=True):
+                tokens[i] = token
+    return tokens
 
 
-def filtered_weights(ordered: torch.Tensor, settings: _Settings) -> torch.Tensor:
-    """Unnormalized probabilities of the tokens that pass all filters, 0 for the others.
+def _is_sorted(params: SamplingParams, vocab: int) -> bool:
+    """Whether the filters depend on the order of the logits."""
+    return 0 < params.top_k < vocab or params.top_p < 1.0
 
-    ordered  [n, vocab] float64, logits in descending order
-    """
-    # Subtracting the maximum first keeps a tiny temperature from overflowing.
-    weights = ((ordered - ordered[:, :1]) / settings.temperature).exp()
-    # The likeliest token's weight is 1, so min-p is a bound on the weight itself.
-    keep = weights >= settings.min_p
-    keep &= torch.arange(ordered.shape[1], device=ordered.device) < settings.top_k
-    weights = torch.where(keep, weights, 0.0)
-    before = weights.cumsum(dim=-1) - weights
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """A value per row, [n, 1], float64 but for top_k."""
+
+    temperature: torch.Tensor
+    min_p: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    uniform: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, params: Seq[SamplingParams], uniforms: Seq[float], logits: torch.Tensor
+    ) -> "_Settings":
+        vocab = logits.shape[-1]
+        columns = torch.tensor(
+            [
+                [p.temperature for p in params],
+                [p.min_p for p in params],
+                [p.top_k if 0 < p.top_k < vocab else vocab for p in params],
+                [p.top_p for p in params],
+                uniforms,
+            ],
+            dtype=torch.float64,
+            device=logits.device,
+        ).unsqueeze(2)
+        return cls(*columns)
+
+    def rows(self, rows: torch.Tensor) -> "_Settings":
+        """Those of some rows."""
+        return _Settings(
+            self.temperature[rows],
+            self.min_p[rows],
+            self.top_k[rows],
+            self.top_p[rows],
+            self.uniform[rows],
+        )
+
+    def weights(self, logits: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+        """Unnormalized probabilities of the tokens that min_p keeps, 0 for the others; the
+        likeliest token's, whose logit is `top` [n, 1], is 1.
+
+        float64: sums over a big vocabulary are then exact enough not to depend on the batch.
+        """
+        # Subtracting the maximum first keeps a tiny temperature from overflowing.
+        weights = logits.double().sub_(top).div_(self.temperature).exp_()
+        return weights.masked_fill_(weights < self.min_p, 0.0)
+
+
+def _sample_all(logits: torch.Tensor, settings: _Settings) -> list[int]:
+    """Rows whose filters need no order."""
+    weights = settings.weights(logits, logits.amax(dim=-1, keepdim=True))
+    return _draw(weights, settings).tolist()
+
+
+def _sample_likeliest(logits: torch.Tensor, settings: _Settings) -> list[int]:
+    """Rows with top-k or top-p: by their likeliest tokens, and by all of them where those do not
+    decide."""
+    tokens, decided = _sample_among(logits, settings, min(CANDIDATES, logits.shape[-1]))
+    if not decided.all():
+        rest = (~decided).nonzero().squeeze(1)
+        tokens[rest], _ = _sample_among(logits[rest], settings.rows(rest), logits.shape[-1])
+    return tokens.tolist()
+
+
+def _sample_among(
+    logits: torch.Tensor, settings: _Settings, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token of each row's `count` likeliest, [n], and whether all that pass its filters are
+    surely among those, [n]."""
+    vocab = logits.shape[-1]
+    values, ids = logits.topk(count, dim=-1)
+    # Equal logits in the order of their ids, which topk does not promise.
+    ids, order = ids.sort(dim=-1)
+    values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    ids = ids.gather(1, order)
+    weights = settings.weights(values, values[:, :1])
+    first = torch.arange(count, device=logits.device) < settings.top_k
+    weights.masked_fill_(~first, 0.0)
+    sums = weights.cumsum(dim=-1)
+    totals = sums[:, -1:]
+    if count < vocab and bool((settings.top_k > count).any()):
+        # A running sum, as above: its rounding does not depend on the batch.
+        everything = settings.weights(logits, values[:, :1]).cumsum(dim=-1)[:, -1:]
+        totals = torch.where(settings.top_k > count, everything, totals)
     # top_p 1 keeps all, whatever rounding says.
-    inside = (before < settings.top_p * weights.sum(dim=-1, keepdim=True)) | (settings.top_p >= 1)
+    inside = (sums - weights < settings.top_p * totals) | (settings.top_p >= 1)
     inside[:, 0] = True
-    return torch.where(inside, weights, 0.0)
+    weights.masked_fill_(~inside, 0.0)
+    last = (weights > 0).sum(dim=-1, keepdim=True) - 1
+    # Of a top_k between, the total is not known either.
+    decided = (values.gather(1, last) > values[:, -1:]) & (
+        (settings.top_k <= count) | (settings.top_k == vocab)
+    )
+    if count == vocab:
+        decided = torch.ones_like(decided)
+    ids, order = ids.sort(dim=-1)
+    chosen = _draw(weights.gather(1, order), settings)
+    return ids.gather(1, chosen.unsqueeze(1)).squeeze(1), decided.squeeze(1)
+
+
+def _draw(weights: torch.Tensor, settings: _Settings) -> torch.Tensor:
+    """The column of each row where the cumulative sum passes the random number, [n].
+
+    weights [n, m] float64
+    """
+    sums = weights.cumsum(dim=-1)
+    totals = sums[:, -1:].contiguous()
+    chosen = torch.searchsorted(sums, settings.uniform * totals, right=True)
+    # Rounding may carry the draw to the very end: the last token that passed is meant.
+    last = torch.searchsorted(sums, totals)
+    return torch.minimum(chosen, last).squeeze(1)

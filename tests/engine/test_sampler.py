@@ -1,9 +1,10 @@
 import math
+import random
 
 import pytest
 import torch
 
-from common.engine.sampler import Sampler, philox, uniform
+from common.engine.sampler import CANDIDATES, Sampler, philox, uniform
 from common.engine.sampling_params import SamplingParams
 from common.errors import InvalidRequest
 from tests.engine.rows import row, tokens_of
@@ -17,7 +18,8 @@ def logits_of(rows, seed=0, scale=3.0):
 
 
 def expected_token(row, params, draw):
-    """One row with Python's floats and lists: filters in vLLM's order, then the inverse CDF."""
+    """One row with Python's floats and lists: filters in vLLM's order, then the inverse CDF over
+    the tokens that are left, by id."""
     order = sorted(range(len(row)), key=lambda token: (-row[token], token))
     if params.greedy:
         return order[0]
@@ -34,6 +36,7 @@ def expected_token(row, params, draw):
         kept.append((token, weight))
         before += weight
     goal, reached = draw * math.fsum(weight for _, weight in kept), 0.0
+    kept.sort()
     for token, weight in kept:
         reached += weight
         if goal < reached:
@@ -99,6 +102,35 @@ def test_tokens_are_those_of_a_plain_implementation(params):
     assert tokens == [
         expected_token(rows[i], params, uniform(seeds[i], positions[i])) for i in range(200)
     ]
+
+
+@pytest.mark.parametrize("shape", ["peaked", "flat", "equal"])
+def test_a_big_vocabulary_gives_the_same_whether_a_few_tokens_decide_or_all(shape):
+    """Also where many logits are equal, as rounded ones are."""
+    generator = torch.Generator().manual_seed(3)
+    logits = (
+        torch.randn(60, 1000, generator=generator) * {"peaked": 6, "flat": 0.2, "equal": 1}[shape]
+    )
+    logits = logits.round() if shape == "equal" else logits
+    rng = random.Random(4)
+    params = [
+        SamplingParams(
+            temperature=rng.choice([0.3, 1.0]),
+            top_k=rng.choice([0, 1, 7, CANDIDATES, CANDIDATES + 1, 700]),
+            top_p=rng.choice([1.0, 0.999, 0.9, 0.2]),
+            min_p=rng.choice([0.0, 0.01]),
+        )
+        for _ in range(60)
+    ]
+    sequences = [row(p, [0] * (1 + i), seed=i) for i, p in enumerate(params)]
+    rows = logits.double().tolist()
+    tokens = tokens_of(Sampler().sample(logits.clone(), sequences))
+    assert tokens == [
+        expected_token(rows[i], params[i], uniform(i, 1 + i)) for i in range(len(params))
+    ]
+    for i in range(0, 60, 7):
+        alone = Sampler().sample(logits[i : i + 1].clone(), [sequences[i]])
+        assert tokens_of(alone) == [tokens[i]]
 
 
 def test_frequencies_follow_the_probabilities():

@@ -2,6 +2,7 @@ import functools
 import json
 import random
 import time
+from dataclasses import replace
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -209,6 +210,29 @@ def test_texts_are_those_of_the_tokens(text_model):
             assert result.outputs[0].token_ids == expected_greedy(text_model, ids, NEW_TOKENS)
             assert result.outputs[0].text == tokenizer.decode(result.outputs[0].token_ids)
             assert result.finished
+
+
+def test_logprobs_have_texts_and_bad_words_are_not_said(text_model, capsys):
+    tokenizer = Tokenizer.from_file(str(text_model / "tokenizer.json"))
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=1)
+    with make_llm(text_model) as llm:
+        (result,) = llm.generate("the cat", params)
+        (answer,) = result.outputs
+        assert "output tokens/s" in capsys.readouterr().err
+        said = [
+            entry[t].decoded_token
+            for t, entry in zip(answer.token_ids, answer.logprobs, strict=True)
+        ]
+        for token, text in zip(answer.token_ids, said, strict=True):
+            whole = tokenizer.decode([token], skip_special_tokens=False)
+            assert text == whole
+        word = next(
+            text for text in said if text.strip() and "\N{REPLACEMENT CHARACTER}" not in text
+        )
+        (other,) = llm.generate("the cat", replace(params, bad_words=word), use_tqdm=False)
+        assert capsys.readouterr().err == ""
+        assert other.outputs[0].token_ids != answer.token_ids
+        assert word.strip() not in tokenizer.decode(other.outputs[0].token_ids).split()
 
 
 def test_stop_strings_end_the_text_before_them(text_model):

@@ -175,7 +175,7 @@ def _is_sorted(params: SamplingParams, vocab: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Settings:
-    """A value per row, [n, 1], float64 but for top_k."""
+    """A value per row, [n, 1], float64."""
 
     temperature: torch.Tensor
     min_p: torch.Tensor

@@ -8,6 +8,8 @@ memory, the receiver ends with them in its own. Frames have the headers of a han
 checksums, as the workers do, unless the column says `bare`; the receiver copies every frame to its
 page. memcpy is one thread of numpy over the same bytes; the raw socket is two plain loops of
 sendall and recv_into over loopback, without checksums. ucx_perftest runs where it is installed.
+Each process has a core of its own, where there are two. UCX takes what it finds (UCX_TLS=tcp,self
+for its TCP).
 
 All sides alternate within a round, so that they see the same machine; a figure is the median of the
 rounds. Sizes over a quarter of the free memory are left out.
@@ -16,6 +18,7 @@ rounds. Sizes over a quarter of the free memory are left out.
 import argparse
 import asyncio
 import json
+import os
 import shutil
 import socket
 import statistics
@@ -56,12 +59,13 @@ MOST_REPEATS = 200
 
 async def receive(names: tuple[str, ...], size: int, frame_bytes: int) -> None:
     """Print the two ports; then serve until the input ends."""
+    _stay_on_core(1)
     pages = np.zeros(size, np.uint8)
 
     async def on_frame(frame: memoryview) -> int:
         if frame[0]:
             envelope, block = decode_handoff_frame(frame)
-            payload, start = block.payload, envelope.block_index * frame_bytes
+            payload, start = block.payload, envelope.first_block * frame_bytes
         else:
             payload = frame[FRAME_OVERHEAD_BYTES:]
             start = int.from_bytes(frame[1:5], "little") * frame_bytes
@@ -117,7 +121,9 @@ def over(link: Link, source: memoryview, frame_bytes: int, *, checksums: bool) -
     def header(index: int, payload: memoryview) -> bytes:
         if not checksums:
             return b"\0" + index.to_bytes(4, "little") + BARE_HEADER[5:]
-        envelope = Envelope(bytes(16), bytes(16), 1, index, index + 1)
+        envelope = Envelope(
+            bytes(16), bytes(16), 1, number=index, first_block=index, num_blocks=1, total=index + 1
+        )
         block = encode_block_header(bytes(16), RANGE, 16, payload)
         return encode_envelope(envelope) + block
 
@@ -221,6 +227,7 @@ async def run(args: argparse.Namespace) -> dict[int, dict[str, list[float]]]:
     largest = max(args.sizes)
     source = memoryview(np.random.default_rng(1).integers(0, 256, largest, np.uint8)).cast("B")
     with receiver(args.transports, largest, args.frame) as (port, raw_port):
+        _stay_on_core(0)
         sides: dict[str, Side] = {
             "memcpy": memcpy(source),
             "raw socket": raw_socket(raw_port, source),
@@ -240,6 +247,13 @@ async def run(args: argparse.Namespace) -> dict[int, dict[str, list[float]]]:
         for plane in planes:
             await plane.close()
         return results
+
+
+def _stay_on_core(index: int) -> None:
+    """Without this the system may run both ends in turns on one core, or move them about."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) > 1:
+        os.sched_setaffinity(0, {cores[index]})
 
 
 def _sizes(text: str) -> list[int]:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
+import numpy as np
 import structlog
 import xxhash
 
@@ -71,6 +72,7 @@ class FrameLink:
         self._sequence = 0
         self._pending: dict[int, tuple[int, asyncio.Future[Any]]] = {}
         self._error: HandoffError | None = None
+        self._inlet = Inlet(self._loop, sock)
         self._reader = asyncio.create_task(self._read())
 
     # For subclasses -----------------------------------------------------------------------
@@ -153,8 +155,7 @@ class FrameLink:
     async def _read(self) -> None:
         try:
             while True:
-                head = await read_head(self._loop, self._sock)
-                await self._on_answer(head)
+                await self._on_answer(await self._inlet.head())
         except (OSError, EOFError, HandoffError) as error:
             self._fail(str(error) or type(error).__name__)
         finally:
@@ -164,7 +165,7 @@ class FrameLink:
         if head.kind != ANSWER or head.length > MAX_ANSWER_BYTES:
             raise HandoffError(f"an answer of kind {head.kind} with {head.length} bytes")
         body = bytearray(head.length)
-        await fill(self._loop, self._sock, memoryview(body))
+        await self._inlet.fill(memoryview(body))
         if head.sequence not in self._pending:
             raise HandoffError(f"an answer to frame {head.sequence}, which is not in flight")
         kind, answer = self._pending.pop(head.sequence)
@@ -219,6 +220,7 @@ class FrameServer:
         self._max_frame_bytes = max_frame_bytes
         self._offers = offers
         self._loop = asyncio.get_running_loop()
+        self._inlet = Inlet(self._loop, sock)
         self._writing = asyncio.Lock()
         self._handling: set[asyncio.Task[None]] = set()
         self._room = asyncio.Semaphore(2 * WINDOW_FRAMES)
@@ -239,7 +241,7 @@ class FrameServer:
         """Serve until the peer leaves or sends what makes no sense."""
         try:
             while True:
-                await self._on_head(await read_head(self._loop, self._sock))
+                await self._on_head(await self._inlet.head())
         except EOFError:
             log.debug("link_ended")
         except (OSError, TimeoutError, HandoffError) as error:
@@ -351,19 +353,6 @@ async def send_all(
     await loop.sock_sendall(sock, body)
 
 
-async def read_head(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> Head:
-    """The next head. Raises EOFError at the end, HandoffError for what is none."""
-    data = bytearray(HEAD.size)
-    await fill(loop, sock, memoryview(data))
-    magic, version, *fields = HEAD.unpack(data)
-    if magic != MAGIC or version != VERSION:
-        raise HandoffError(
-            f"a frame begins with {magic!r} version {version}, wanted {MAGIC!r} {VERSION}: "
-            f"not a Baton peer of this version"
-        )
-    return Head(*fields)
-
-
 async def fill(loop: asyncio.AbstractEventLoop, sock: socket.socket, view: memoryview) -> None:
     """Read until `view` is full. Raises EOFError when the peer closed before."""
     while view:
@@ -371,6 +360,49 @@ async def fill(loop: asyncio.AbstractEventLoop, sock: socket.socket, view: memor
         if count == 0:
             raise EOFError("the peer closed the connection")
         view = view[count:]
+
+
+class Inlet:
+    """What a connection receives: small things many at a time, large ones straight to their
+    place."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+        self._loop = loop
+        self._sock = sock
+        self._buffer = memoryview(bytearray(JOIN_BYTES))
+        self._ready = self._buffer[:0]
+
+    async def fill(self, view: memoryview) -> None:
+        """Read until `view` is full. Raises EOFError when the peer closed before."""
+        while view:
+            if not self._ready:
+                if len(view) >= len(self._buffer):
+                    await fill(self._loop, self._sock, view)
+                    return
+                count = await self._loop.sock_recv_into(self._sock, self._buffer)
+                if count == 0:
+                    raise EOFError("the peer closed the connection")
+                self._ready = self._buffer[:count]
+            count = min(len(view), len(self._ready))
+            view[:count] = self._ready[:count]
+            view, self._ready = view[count:], self._ready[count:]
+
+    async def head(self) -> Head:
+        """The next head. Raises EOFError at the end, HandoffError for what is none."""
+        data = bytearray(HEAD.size)
+        await self.fill(memoryview(data))
+        magic, version, *fields = HEAD.unpack(data)
+        if magic != MAGIC or version != VERSION:
+            raise HandoffError(
+                f"a frame begins with {magic!r} version {version}, wanted {MAGIC!r} {VERSION}: "
+                f"not a Baton peer of this version"
+            )
+        return Head(*fields)
+
+
+def new_frame(size: int) -> memoryview:
+    """Memory for a frame, not cleared: clearing it costs as much as filling it."""
+    return memoryview(np.empty(size, np.uint8))
 
 
 def _retrieve(future: "asyncio.Future[Any]") -> None:

@@ -24,7 +24,7 @@ from common.kv.transports.frames import (
     Head,
     Tasks,
     accept_links,
-    fill,
+    new_frame,
 )
 
 # Bytes of frames that a receiver holds before their pages are written, all links together.
@@ -137,9 +137,9 @@ class _Served(FrameServer):
     async def _take(self, head: Head) -> None:
         await self._budget.take(head.length)
         try:
-            body = memoryview(bytearray(head.length))
+            body = new_frame(head.length)
             async with asyncio.timeout(BODY_TIMEOUT_S):
-                await fill(self._loop, self._sock, body)
+                await self._inlet.fill(body)
         except BaseException:
             self._budget.give(head.length)
             raise

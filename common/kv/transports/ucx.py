@@ -19,8 +19,9 @@ import os
 import secrets
 import socket
 import struct
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -38,15 +39,20 @@ from common.kv.transports.frames import (
     Tasks,
     accept_links,
     fill,
+    new_frame,
 )
 from common.kv.transports.tcp import RECEIVE_BUDGET_BYTES, dial, listen_on, tune
 
 log = structlog.get_logger("transport")
 
-# UCX's TCP sends 8 KiB at a time unless told otherwise: a third of the speed.
-CONFIG = {"TCP_TX_SEG_SIZE": "1M", "TCP_RX_SEG_SIZE": "1M"}
-# While a transfer is under way a worker is progressed at least this often.
+# UCX's TCP sends 8 KiB at a time unless told otherwise, at a third of the speed. ucxx sets the
+# rendezvous threshold for GPUs; UCX's own choice is better for host memory.
+CONFIG = {"TCP_TX_SEG_SIZE": "1M", "TCP_RX_SEG_SIZE": "1M", "RNDV_THRESH": "auto"}
+# While a transfer is under way a worker is progressed without pause until nothing has happened for
+# SPIN_S, because the peer is likely to answer at once; then after TICK_S, and ever more rarely.
+SPIN_S = 0.0003
 TICK_S = 0.001
+LONGEST_TICK_S = 0.02
 # Events handled before the loop's other work gets its turn.
 TURNS = 64
 # Of which loading the library may take most.
@@ -195,6 +201,14 @@ class UcxLink(FrameLink):
         self._worker.close()
 
 
+class _Coming(NamedTuple):
+    """A frame whose head is here; `whole` resolves when its payload is too."""
+
+    head: Head
+    frame: memoryview
+    whole: "asyncio.Future[None] | None"
+
+
 class _Served(FrameServer):
     """The receiver's side of one connection. Heads are read ahead of the payloads, so that the end
     of the connection is seen while a payload is awaited."""
@@ -205,51 +219,50 @@ class _Served(FrameServer):
         super().__init__(sock, on_frame, MAX_FRAME_BYTES)
         self._worker = worker
         self._budget = budget
-        self._coming: asyncio.Queue[tuple[Head, bytearray]] = asyncio.Queue(2 * WINDOW_FRAMES)
-        self._bodies = asyncio.create_task(self._receive())
+        self._unhandled = 0  # bytes that the budget gave for frames that no handler has yet
+        self._coming: asyncio.Queue[_Coming] = asyncio.Queue(2 * WINDOW_FRAMES)
+        self._ordering = asyncio.create_task(self._handle_in_order())
 
     async def _take(self, head: Head) -> None:
         if head.extra > min(head.length, MAX_INLINE_BYTES):
             raise HandoffError(f"a frame of {head.length} bytes with {head.extra} of them inline")
-        inline = bytearray(head.extra)
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            await fill(self._loop, self._sock, memoryview(inline))
-        await self._coming.put((head, inline))
+        await self._budget.take(head.length)
+        try:
+            frame = new_frame(head.length)
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                await self._inlet.fill(frame[: head.extra])
+            # Asked for at once, so that UCX has several payloads to move.
+            rest = frame[head.extra :]
+            whole = self._worker.receive(rest, head.sequence) if rest else None
+        except BaseException:
+            self._budget.give(head.length)
+            raise
+        self._unhandled += head.length
+        self._coming.put_nowait(_Coming(head, frame, whole))
 
-    async def _receive(self) -> None:
-        """The payloads, in the order of their heads."""
+    async def _handle_in_order(self) -> None:
+        """As the heads came."""
         try:
             while True:
-                head, inline = await self._coming.get()
-                await self._budget.take(head.length)
-                try:
-                    frame = await self._whole(head, inline)
-                except BaseException:
-                    self._budget.give(head.length)
-                    raise
+                head, frame, whole = await self._coming.get()
+                if whole is not None:
+                    async with asyncio.timeout(BODY_TIMEOUT_S):
+                        await whole
+                self._unhandled -= head.length
                 self._handle_soon(head, frame, partial(self._give_back, head.length))
         except (OSError, HandoffError) as error:
             log.warning("link_broke", error=str(error) or "a payload did not come")
         finally:
             self.hang_up()
 
-    async def _whole(self, head: Head, inline: bytearray) -> memoryview:
-        """A frame with its payload."""
-        if head.extra == head.length:
-            return memoryview(inline)
-        frame = memoryview(bytearray(head.length))
-        frame[: head.extra] = inline
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            await self._worker.receive(frame[head.extra :], head.sequence)
-        return frame
-
     def _give_back(self, length: int, _: bool) -> None:
         self._budget.give(length)
 
     async def _released(self) -> None:
-        self._bodies.cancel()
-        await asyncio.wait([self._bodies], timeout=1.0)
+        self._ordering.cancel()
+        await asyncio.wait([self._ordering], timeout=1.0)
         self._worker.close()
+        self._budget.give(self._unhandled)
 
 
 class _Ucx:
@@ -310,6 +323,8 @@ class _Worker:
         # Request, its memory (which UCX only points to), and who waits for it.
         self._open: list[tuple[Any, Any, asyncio.Future[None]]] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._soon: asyncio.Handle | None = None
+        self._moved = 0.0  # when UCX last did something
         self._loop.add_reader(self._file, self._turn)
         self._turn()
 
@@ -329,13 +344,15 @@ class _Worker:
 
     def send(self, body: memoryview, tag: int) -> "asyncio.Future[None]":
         """Done when `body` may be reused."""
-        return self._start(self._endpoint.tag_send, body, tag)
+        return self._start(lambda memory, at: self._endpoint.tag_send(memory, at), body, tag)
 
     def receive(self, body: memoryview, tag: int) -> "asyncio.Future[None]":
         """Done when `body` is filled."""
-        return self._start(self._worker.tag_recv, body, tag)
+        return self._start(lambda memory, at: self._worker.tag_recv(memory, at), body, tag)
 
-    def _start(self, operation: Any, body: memoryview, tag: int) -> "asyncio.Future[None]":
+    def _start(
+        self, operation: Callable[[Any, Any], Any], body: memoryview, tag: int
+    ) -> "asyncio.Future[None]":
         done = self._loop.create_future()
         if self._worker is None:
             done.set_exception(HandoffError("the UCX link is closed"))
@@ -351,17 +368,35 @@ class _Worker:
         return done
 
     def _turn(self) -> None:
-        """Progress until nothing happens, so that the descriptor signals what happens next."""
+        """Progress while something happens, then sleep until the descriptor or the timer."""
         if self._worker is None:
             return
+        moved = False
         for _ in range(TURNS):
-            if not self._worker.progress_once() and self._worker.arm():
+            if not self._worker.progress_once():
                 break
-        else:
-            self._loop.call_soon(self._turn)
+            moved = True
         self._settle()
+        now = self._loop.time()
+        if moved:
+            self._moved = now
+        if self._open and now - self._moved < SPIN_S:
+            self._again()
+            return
+        if not self._worker.arm():
+            self._again()
+            return
         if self._open and self._timer is None:
-            self._timer = self._loop.call_later(TICK_S, self._tick)
+            tick_s = min(max(TICK_S, (now - self._moved) / 8), LONGEST_TICK_S)
+            self._timer = self._loop.call_later(tick_s, self._tick)
+
+    def _again(self) -> None:
+        if self._soon is None:
+            self._soon = self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self._soon = None
+        self._turn()
 
     def _tick(self) -> None:
         self._timer = None
@@ -388,8 +423,9 @@ class _Worker:
         if self._worker is None:
             return
         self._loop.remove_reader(self._file)
-        if self._timer is not None:
-            self._timer.cancel()
+        for handle in (self._timer, self._soon):
+            if handle is not None:
+                handle.cancel()
         with contextlib.suppress(self._ucx.api.UCXError):
             if self._endpoint is not None:
                 self._endpoint.close_blocking(period=CLOSE_NS, max_attempts=1)

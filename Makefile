@@ -3,8 +3,10 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 /usr/bin/python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null \
 	&& command -v $$p && break; done)
 VENV ?= .venv
+# What is installed beside Baton itself: make install EXTRAS=dev,ucx
+EXTRAS ?= dev
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+STAMP := $(VENV)/.installed-$(EXTRAS)
 # What comes after the command: make up ARGS="--decode 2"
 ARGS ?=
 
@@ -19,7 +21,7 @@ help:
 	@echo "make bench   benchmark the endpoint that runs (make up)"
 	@echo "make chaos   disturb a mesh under load (ARGS=\"--faults 500\"), needs root"
 	@echo "make clean   remove $(VENV) and caches"
-	@echo "Variables: ARGS=\"--decode 2\", PYTHON=python3.12, VENV=.venv"
+	@echo "Variables: ARGS=\"--decode 2\", PYTHON=python3.12, VENV=.venv, EXTRAS=dev,ucx"
 
 install: $(STAMP)
 
@@ -32,7 +34,7 @@ $(BIN)/python:
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints.txt -e ".[dev]"
+		-c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
 up: $(STAMP)

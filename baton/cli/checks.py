@@ -142,6 +142,21 @@ def _broken(module: str, dist: str, extra: str) -> Finding | None:
     return None
 
 
+def check_transports() -> Iterator[Finding]:
+    """Which ways KV can take between workers."""
+    try:
+        from common.kv.transports import SIDE_TRANSPORTS
+    except ImportError:
+        return  # check_packages has said so
+    reasons = {name: missing() for name, (_, missing) in SIDE_TRANSPORTS.items()}
+    usable = [name for name, reason in reasons.items() if reason is None]
+    yield Finding("transports", "ok", ", ".join([*usable, "tcp"]))
+    for name, reason in reasons.items():
+        if reason is not None:
+            remedy = "docs/transports.md says when it is worth having"
+            yield Finding(f"transport {name}", "warn", f"not used: {reason}", remedy)
+
+
 def check_device() -> Iterator[Finding]:
     """torch's build, and a GPU where there is one."""
     try:

@@ -44,6 +44,7 @@ def examine(args: argparse.Namespace) -> Iterable[Finding]:
         checks.check_machine,
         checks.check_packages,
         checks.check_device,
+        checks.check_transports,
         lambda: check_model(args.model),
         lambda: checks.check_ports(args.port, args.grpc_port),
     )

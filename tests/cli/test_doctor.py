@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -87,3 +88,11 @@ def test_a_missing_package_is_named_with_the_extra_that_has_it(monkeypatch):
     monkeypatch.setitem(checks.NEEDED, "no_such_module", ("no-such-dist", "gateway"))
     found = failures(checks.check_packages())
     assert "baton[gateway]" in found["package no-such-dist"].remedy
+
+
+def test_a_transport_that_cannot_be_used_is_named_with_the_reason(monkeypatch):
+    monkeypatch.setattr("common.kv.transports.shm.FOLDER", Path("/gone"))
+    found = {finding.name: finding for finding in checks.check_transports()}
+    assert found["transports"].message.endswith("tcp")
+    assert "/gone is not there" in found["transport shm"].message
+    assert found["transport shm"].remedy

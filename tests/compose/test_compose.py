@@ -150,6 +150,12 @@ def test_the_mesh_answers_the_openai_client(mesh):
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == ANSWER
 
 
+def test_workers_of_one_machine_share_memory(mesh):
+    mesh.ask(QUESTION * 8)
+    links = [w["data_links"] for w in mesh.state()["workers"] if w["role"] == "prefill"]
+    assert [set(to.values()) for to in links] == [{"shm"}]
+
+
 def test_public_grpc_is_published(mesh):
     from common.rpc.probe import probe
 

@@ -51,7 +51,8 @@ def test_the_chosen_transport_carries_the_kv_and_is_shown(
         assert prefill["data_links"] == {decode["data_address"]: used}
         counters = decode["counters"]
         assert counters["handoffs_completed"] == len(PROMPTS)
-        frames = {k: v for k, v in counters.items() if k.startswith("transport_frames_received")}
-        assert frames == {f"transport_frames_received_{used}": counters["handoff_blocks_received"]}
+        carried = {k: v for k, v in counters.items() if k.startswith("transport_bytes_received")}
+        assert list(carried) == [f"transport_bytes_received_{used}"]
+        assert carried.popitem()[1] > counters["handoff_bytes_received"]
         shown = (f'transport="{used}"', 'event="handoffs_completed"')
         wait_until(lambda: all(text in metrics(mesh) for text in shown), 5, "metrics")

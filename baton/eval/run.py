@@ -129,12 +129,12 @@ def prompt_encoder(folder: Path) -> Callable[[Question], list[int]]:
     )
 
 
-def engine_answerer(model: Path, dtype: str) -> Answerer:
-    """Baton's own engine in this process, all questions at once."""
+def engine_answerer(model: Path, dtype: str, **settings: Any) -> Answerer:
+    """Baton's own engine in this process, all questions at once. `settings` are LLM's."""
     from baton import LLM, SamplingParams
 
     encode = prompt_encoder(model)
-    llm = LLM(str(model), dtype=dtype)
+    llm = LLM(str(model), dtype=dtype, **settings)
 
     def answer(questions: Sequence[Question]) -> list[str]:
         prompts = [{"prompt_token_ids": encode(question)} for question in questions]
@@ -249,6 +249,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what runs --model (default: baton)",
     )
     parser.add_argument("--dtype", default="bfloat16", help="of --model (default: bfloat16)")
+    parser.add_argument("--quantization", help="of --model: fp8 or fp8-block, on load")
+    parser.add_argument(
+        "--kv-cache-dtype", default="auto", help="of --model: auto, float32, bf16 or fp8_e4m3"
+    )
     parser.add_argument("--served-name", help="the endpoint's model (default: its first)")
     parser.add_argument("--api-key", help="sent to the endpoint as a bearer token")
     parser.add_argument("--concurrency", type=_positive, default=8, help="requests at a time")
@@ -300,8 +304,11 @@ def answerer(args: argparse.Namespace, model: Path) -> Answerer:
         return endpoint_answerer(
             args.url, args.served_name, args.api_key, args.concurrency, args.timeout
         )
-    backends = {"baton": engine_answerer, "transformers": transformers_answerer}
-    return backends[args.backend](model, args.dtype)
+    if args.backend == "transformers":
+        return transformers_answerer(model, args.dtype)
+    return engine_answerer(
+        model, args.dtype, quantization=args.quantization, kv_cache_dtype=args.kv_cache_dtype
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

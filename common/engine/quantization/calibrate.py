@@ -14,6 +14,8 @@ from common.engine.config import EngineConfig, ModelConfig
 from common.engine.kernels import Linear
 from common.engine.kernels.reference import ReferenceOps, Step
 from common.engine.models import load_model
+from common.engine.parallel.group import Group
+from common.engine.parallel.shard import Shard
 from common.engine.quantization.fp8 import FP8_MAX
 from common.engine.quantization.write import Calibration, quantized_modules
 from common.engine.runner import TORCH_DTYPES, compute_dtype
@@ -81,7 +83,14 @@ def calibrate(model: Path, prompts: Sequence[Sequence[int]], *, kv: bool) -> Cal
     ops = RecordingOps(config.num_layers)
     with Checkpoint(model) as checkpoint:
         decoder = load_model(
-            config, checkpoint, ops, max_len=max_len, dtype=TORCH_DTYPES[dtype], device=device
+            config,
+            checkpoint,
+            ops,
+            max_len=max_len,
+            dtype=TORCH_DTYPES[dtype],
+            device=device,
+            shard=Shard.of(config, 0, 1),
+            group=Group(0, 1),
         )
     # Every row passes the last layer, but nobody reads its logits.
     decoder.head = lambda x: x[:, :1]

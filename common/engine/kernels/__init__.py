@@ -3,15 +3,19 @@
 A model calls nothing but these. `reference.py` is plain torch and the oracle of the others.
 """
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import structlog
 import torch
 
 from common.engine.batch import Batch
 from common.engine.cache import KVCache
 from common.engine.weight import Weight
 from common.errors import ConfigError
+
+log = structlog.get_logger("kernels")
 
 # x [n, in], or what the `into` of a norm or activation made of it -> [n, out] of x's dtype.
 Linear = Callable[[Any], torch.Tensor]
@@ -69,9 +73,31 @@ class Ops(Protocol):
 
 
 def select_ops(device: torch.device, kernels: str) -> Ops:
-    """The backend for a device, chosen once at start. `kernels` as in EngineConfig."""
+    """The backend for a device, chosen once at start. `kernels` as in EngineConfig.
+
+    Raises ConfigError for kernels that this machine cannot run.
+    """
     from common.engine.kernels.reference import ReferenceOps
 
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device is {str(device)!r}; set it to cpu or cuda")
+    if kernels == "reference" or device.type != "cpu":
+        return ReferenceOps()
+    trouble = cpu_kernels_trouble()
+    if trouble is None:
+        from common.engine.kernels.cpu.ops import CpuOps
+
+        return CpuOps()
+    if kernels == "cpu":
+        raise ConfigError(f"kernels is 'cpu', but {trouble}; set it to auto or reference")
+    log.warning("reference_kernels", reason=trouble)
     return ReferenceOps()
+
+
+def cpu_kernels_trouble() -> str | None:
+    """Why the compiled kernels cannot run on this machine; None: they can."""
+    if importlib.util.find_spec("numba") is None:
+        return "Numba is not installed (pip install 'baton[worker]')"
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return "this CPU has no AVX2"
+    return None

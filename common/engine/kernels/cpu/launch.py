@@ -1,0 +1,113 @@
+"""Compiled once, kept on disk, run by the threads that torch computes with.
+
+A kernel is a C function of one address, that of its arguments; every thread of a team calls it,
+and takes work items from a shared counter until none is left. The team is the OpenMP runtime's
+that torch brings: a second pool would fight with the first for the cores, since idle OpenMP
+threads spin for a while.
+"""
+
+import ctypes
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+import numpy as np
+import structlog
+import torch
+from numba import cfunc, types
+from numba.core import config
+
+from common.engine.kernels.cpu.simd import BFLOAT16, E4M3, FLOAT32
+
+log = structlog.get_logger("kernels")
+
+KIND = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float8_e4m3fn: E4M3}
+
+# The fields that every kernel's arguments begin with, see `next_item` of each kernel: work items
+# handed out so far, threads that have come, work items.
+COUNTERS = [
+    ("next_item", ctypes.c_int64),
+    ("next_thread", ctypes.c_int64),
+    ("num_items", ctypes.c_int64),
+]
+
+
+def _cache_folder() -> Path:
+    """A folder of the user's own, for these sources, this Numba and this Python.
+
+    Numba itself tells CPUs apart, but notices a change only in the file of a kernel, not in those
+    it uses. Others must not write there: what lies in it is run.
+    """
+    digest = blake2b(digest_size=8)
+    for part in (numba.__version__, llvmlite.__version__, platform.python_version()):
+        digest.update(part.encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    homes = [Path(os.path.expanduser("~")) / ".cache", Path(tempfile.gettempdir())]
+    if os.path.isabs(xdg := os.environ.get("XDG_CACHE_HOME", "")):
+        homes.insert(0, Path(xdg))
+    for home in homes:
+        folder = home / f"baton-{os.getuid()}" / f"kernels-{digest.hexdigest()}"
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            owner = folder.parent.stat()
+        except OSError:
+            continue
+        private = owner.st_uid == os.getuid() and not owner.st_mode & 0o022
+        if private and os.access(folder, os.W_OK):
+            return folder
+    log.warning("no_kernel_cache", tried=[str(home) for home in homes])
+    return Path(tempfile.mkdtemp(prefix="baton-kernels-"))
+
+
+def _openmp() -> Any:
+    """GOMP_parallel(function, argument, threads, flags) of the runtime that torch loaded (GCC's,
+    or Intel's, which has it too); None where there is none."""
+    folder = Path(torch.__file__).parent
+    found = [*folder.glob("lib/lib*omp*.so*"), *folder.parent.glob("torch.libs/lib*omp*.so*")]
+    for name in (None, *map(str, found)):
+        try:
+            function = ctypes.CDLL(name).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        function.restype = None
+        return function
+    return None
+
+
+_FOLDER = _cache_folder()
+_gomp_parallel = _openmp()
+_plain = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+class Kernel:
+    """A compiled function of its arguments, a ctypes structure that begins with COUNTERS."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled  # keeps the machine code alive
+        self._address = compiled.address
+        self._alone = _plain(compiled.address)
+
+    def run(self, arguments: ctypes.Structure, items: int, threads: int) -> None:
+        """Does all work items on up to `threads` threads."""
+        arguments.num_items = items
+        arguments.next_item = arguments.next_thread = 0
+        if threads > 1 and items > 1 and _gomp_parallel is not None:
+            _gomp_parallel(self._address, ctypes.addressof(arguments), min(threads, items), 0)
+        else:
+            self._alone(ctypes.addressof(arguments))
+
+
+def compile_kernel(function: Callable[[Any], None], arguments: type[ctypes.Structure]) -> Kernel:
+    """Compiles, or finds compiled, a function of the address of such arguments."""
+    config.CACHE_DIR = str(_FOLDER)
+    record = numba.from_dtype(np.dtype(arguments))
+    signature = types.void(types.CPointer(record))
+    return Kernel(cfunc(signature, cache=True, error_model="numpy")(function))

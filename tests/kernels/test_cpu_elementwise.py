@@ -1,4 +1,4 @@
-"""Norms, activations, rotary positions and KV writes, compiled, against the plain torch versions."""
+"""Compiled norms, activations, rotary positions and KV writes, against plain torch."""
 
 import math
 

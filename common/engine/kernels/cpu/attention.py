@@ -13,7 +13,7 @@ import numpy as np
 from numba import carray
 
 from common.engine.kernels.cpu import simd
-from common.engine.kernels.cpu.launch import COUNTERS, Kernel, compile_kernel
+from common.engine.kernels.cpu.launch import Kernel, compile_kernel, fields
 
 TILE_TOKENS = 16  # the lanes of a vector
 SPLIT_TOKENS = 256
@@ -39,32 +39,10 @@ class DecodeArguments(ctypes.Structure):
     """
 
     _fields_ = (
-        *COUNTERS,
-        *(
-            (name, ctypes.c_int64)
-            for name in (
-                "q",
-                "out",
-                "q_stride",
-                "cache",
-                "scales",
-                "block_bytes",
-                "block_size",
-                "tables",
-                "table_width",
-                "items",
-                "row_sequence",
-                "row_context",
-                "row_parts",
-                "pending",
-                "parts",
-                "scratch",
-                "scratch_bytes",
-                "window",
-                "kv_heads",
-                "passes",
-                "head_dim",
-            )  # fmt: skip
+        *fields(
+            "q out q_stride cache scales block_bytes block_size tables table_width items "
+            "row_sequence row_context row_parts pending parts scratch scratch_bytes window "
+            "kv_heads passes head_dim"
         ),
         ("scale", ctypes.c_double),
     )

@@ -11,18 +11,14 @@ import numpy as np
 from numba import carray
 
 from common.engine.kernels.cpu import simd
-from common.engine.kernels.cpu.launch import COUNTERS, Kernel, compile_kernel
+from common.engine.kernels.cpu.launch import Kernel, compile_kernel, fields
 
 
 class NormArguments(ctypes.Structure):
     """Addresses. x, delta, out [num_items, width]; weight [width]. delta 0: none. x gets the
     sum, out its RMSNorm."""
 
-    _fields_ = (
-        *COUNTERS,
-        *((name, ctypes.c_int64) for name in ("x", "delta", "weight", "out", "width")),
-        ("eps", ctypes.c_double),
-    )
+    _fields_ = (*fields("x delta weight out width"), ("eps", ctypes.c_double))
 
 
 @cache
@@ -58,7 +54,7 @@ def add_norm_kernel(io: int) -> Kernel:
 class SiluArguments(ctypes.Structure):
     """Addresses. gate_up [num_items, 2 * width], out [num_items, width]."""
 
-    _fields_ = (*COUNTERS, *((name, ctypes.c_int64) for name in ("gate_up", "out", "width")))
+    _fields_ = fields("gate_up out width")
 
 
 @cache
@@ -96,25 +92,8 @@ class WriteArguments(ctypes.Structure):
     scales        the layer's scales of block 0, 0 without
     """
 
-    _fields_ = (
-        *COUNTERS,
-        *(
-            (name, ctypes.c_int64)
-            for name in (
-                "qkv",
-                "positions",
-                "slots",
-                "cos",
-                "sin",
-                "cache",
-                "scales",
-                "block_bytes",
-                "block_size",
-                "heads",
-                "kv_heads",
-                "head_dim",
-            )  # fmt: skip
-        ),
+    _fields_ = fields(
+        "qkv positions slots cos sin cache scales block_bytes block_size heads kv_heads head_dim"
     )
 
 

@@ -29,13 +29,12 @@ log = structlog.get_logger("kernels")
 
 KIND = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float8_e4m3fn: E4M3}
 
-# The fields that every kernel's arguments begin with, see `next_item` of each kernel: work items
-# handed out so far, threads that have come, work items.
-COUNTERS = [
-    ("next_item", ctypes.c_int64),
-    ("next_thread", ctypes.c_int64),
-    ("num_items", ctypes.c_int64),
-]
+
+def fields(names: str) -> tuple[tuple[str, type], ...]:
+    """The fields of a kernel's arguments: whole numbers of these names, after what all begin with:
+    the work items handed out so far, the threads that have come, the work items."""
+    counters = ("next_item", "next_thread", "num_items")
+    return tuple((name, ctypes.c_int64) for name in (*counters, *names.split()))
 
 
 def _cache_folder() -> Path:
@@ -88,7 +87,7 @@ _plain = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class Kernel:
-    """A compiled function of its arguments, a ctypes structure that begins with COUNTERS."""
+    """A compiled function of its arguments, a ctypes structure of `fields`."""
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled  # keeps the machine code alive

@@ -15,7 +15,9 @@ from common.engine.cache import TORCH_DTYPES, KVCache
 from common.engine.kernels import Linear
 from common.engine.kernels.cpu import attention, elementwise
 from common.engine.kernels.cpu.launch import KIND
+from common.engine.kernels.cpu.linear import best
 from common.engine.kernels.reference import ReferenceOps
+from common.engine.weight import Weight
 
 # Smaller work is done sooner than a second thread has begun it.
 ELEMENTS_PER_THREAD = 16384
@@ -54,8 +56,10 @@ class CpuOps(ReferenceOps):
         self._norm = elementwise.NormArguments()
         self._silu = elementwise.SiluArguments()
 
-    def linear(self, weight: Any, bias: torch.Tensor | None) -> Linear:
-        return super().linear(weight, bias)
+    def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
+        if weight.activation is not None:
+            return super().linear(weight, bias)
+        return best(weight.values.dtype)(weight.values, bias)
 
     def add_norm(
         self,

@@ -1,0 +1,84 @@
+"""Float matrices, laid out for this machine when they are loaded.
+
+Which way is fastest, and whether it is there at all, differs between CPUs and builds of torch:
+the candidates are tried once, on a small product whose result is known in float64.
+"""
+
+import time
+from collections.abc import Callable
+from functools import cache, partial
+
+import structlog
+import torch
+import torch.nn.functional as F
+
+from common.engine.kernels import Linear
+
+log = structlog.get_logger("kernels")
+
+# A product of the size that decoding has: too big for the nearest cache, quick to try.
+PROBE_ROWS, PROBE_OUT, PROBE_IN = (1, 16), 1024, 1024
+PROBE_ROUNDS = 5
+# Largest difference from float64, as a part of the largest result: the rounding of the result.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+Pack = Callable[[torch.Tensor, torch.Tensor | None], Linear]
+
+
+def plain(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    """torch's own way with a matrix as it is."""
+    return partial(F.linear, weight=weight, bias=bias)
+
+
+class OneDnnLinear:
+    """oneDNN's layout, up to twice as fast. The matrix itself is not kept."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.out = len(weight)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 0:
+            return x.new_empty(0, self.out)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+CANDIDATES: dict[str, Pack] = {"onednn": OneDnnLinear, "plain": plain}
+
+
+@cache
+def best(dtype: torch.dtype) -> Pack:
+    """The fastest candidate whose results are right, for matrices of this dtype."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(PROBE_OUT, PROBE_IN, generator=generator).to(dtype)
+    inputs = [torch.randn(n, PROBE_IN, generator=generator).to(dtype) for n in PROBE_ROWS]
+    times = {}
+    for name, pack in CANDIDATES.items():
+        try:
+            times[name] = _try(pack(weight, None), weight, inputs, TOLERANCE[dtype])
+        except RuntimeError as error:  # this build or CPU lacks it
+            log.info("linear_unavailable", candidate=name, dtype=str(dtype), error=str(error))
+    chosen = min(times, key=lambda name: times[name])
+    micros = {name: round(seconds * 1e6) for name, seconds in times.items()}
+    log.info("linear_chosen", dtype=str(dtype), chosen=chosen, microseconds=micros)
+    return CANDIDATES[chosen]
+
+
+def _try(
+    linear: Linear, weight: torch.Tensor, inputs: list[torch.Tensor], tolerance: float
+) -> float:
+    """Seconds of one product of each input; infinite when a result is wrong."""
+    seconds = 0.0
+    for x in inputs:
+        want = x.double() @ weight.double().T
+        if (linear(x).double() - want).abs().amax() > tolerance * want.abs().amax():
+            return float("inf")
+        seconds += min(_once(linear, x) for _ in range(PROBE_ROUNDS))
+    return seconds
+
+
+def _once(linear: Linear, x: torch.Tensor) -> float:
+    started = time.perf_counter()
+    linear(x)
+    return time.perf_counter() - started

@@ -1,0 +1,49 @@
+"""Packed matrices multiply as float64 does, whichever candidate a machine takes."""
+
+import math
+
+import pytest
+import torch
+
+from common.engine.kernels.cpu import linear
+from common.engine.kernels.cpu.ops import CpuOps
+from common.engine.weight import Weight
+
+torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 5, 64])
+@pytest.mark.parametrize("name", linear.CANDIDATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_candidate_multiplies_as_float64(dtype, name, rows, bias):
+    weight, x = torch.randn(80, 96).to(dtype), torch.randn(rows, 96).to(dtype)
+    added = torch.randn(80).to(dtype) if bias else None
+    got = linear.CANDIDATES[name](weight, added)(x)
+    want = x.double() @ weight.double().T + (added.double() if bias else 0)
+    assert got.shape == (rows, 80)
+    assert got.dtype == dtype
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance / 10)
+
+
+def test_a_candidate_that_is_wrong_or_missing_is_not_taken(monkeypatch):
+    def wrong(weight, bias):
+        return lambda x: linear.plain(weight, bias)(x) * 1.1
+
+    def missing(weight, bias):
+        raise RuntimeError("not in this build")
+
+    candidates = {"wrong": wrong, "missing": missing, "plain": linear.plain}
+    monkeypatch.setattr(linear, "CANDIDATES", candidates)
+    linear.best.cache_clear()
+    assert linear.best(torch.float32) is linear.plain
+    linear.best.cache_clear()
+
+
+def test_a_nan_in_a_row_stays_in_that_row():
+    x = torch.ones(3, 96)
+    x[1, 4] = math.nan
+    out = CpuOps().linear(Weight(torch.randn(80, 96)), None)(x)
+    assert out[1].isnan().all()
+    assert out[[0, 2]].isfinite().all()

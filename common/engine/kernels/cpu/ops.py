@@ -1,7 +1,7 @@
 """The operations of a model step on a CPU: compiled kernels, packed matrices.
 
-What a kernel does not cover (head sizes that are no multiple of 32, quantized weights) is left to
-the reference.
+What a kernel does not cover (head sizes that are no multiple of 32, a part of the KV heads, static
+KV scales, quantized weights) is left to the reference.
 """
 
 from dataclasses import dataclass
@@ -100,7 +100,8 @@ class CpuOps(ReferenceOps):
         rope: tuple[torch.Tensor, torch.Tensor],
     ) -> Any:
         layout = cache.layout
-        if layout.head_dim % HEAD_DIM_MULTIPLE:
+        narrowed = cache.num_kv_heads != layout.num_kv_heads
+        if layout.head_dim % HEAD_DIM_MULTIPLE or narrowed or cache.static_scales is not None:
             return super().prepare(batch, cache, num_heads, windows, rope)
         heads_each = num_heads // layout.num_kv_heads
         group = max(g for g in range(1, attention.MAX_GROUP + 1) if heads_each % g == 0)

@@ -1,0 +1,1 @@
+"""Kernels in Triton: one file a kernel, each a launcher with plain tensor arguments."""

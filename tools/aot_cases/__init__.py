@@ -1,0 +1,1 @@
+"""What tools/aot.py compiles: each module has a list `CASES` of AotCase."""

@@ -1,0 +1,5 @@
+"""The kernels around attention."""
+
+from tools.aot import AotCase
+
+CASES: list[AotCase] = []

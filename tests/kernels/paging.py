@@ -1,0 +1,55 @@
+"""What the attention kernels' tests share: caches in the block format, and attention in float64."""
+
+from dataclasses import dataclass
+
+import torch
+
+from common.engine.cache import KVCache
+from common.kv.layout import KVLayout
+
+LAYER = 1  # of two: what kernels read and write is strided within a block
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """One layer of a cache, as KVCache has it. payload e4m3 with scales, or floats without."""
+
+    payload: torch.Tensor
+    scales: torch.Tensor | None
+
+
+def make_pages(blocks: int, kv_heads: int, block_size: int, d: int, dtype: torch.dtype) -> Pages:
+    """Zeros of a dtype the cache has, or of float16, which it has not but the interpreter can."""
+    if dtype == torch.float16:
+        whole = torch.zeros(blocks, 2, 2, kv_heads, block_size, d, dtype=dtype)
+        return Pages(whole[:, LAYER], None)
+    kind = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8_e4m3"}
+    layout = KVLayout(2, kv_heads, d, block_size, kind[dtype])
+    cache = KVCache(layout, blocks, torch.device("cpu"))
+    return Pages(cache.payload[LAYER], None if cache.scales is None else cache.scales[LAYER])
+
+
+def gather(pages: Pages, table: list[int], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of a sequence's first tokens, each [tokens, kv_heads, d] float64."""
+    whole = pages.payload[table].double()  # [blocks, 2, kv_heads, block_size, d]
+    if pages.scales is not None:
+        whole = whole * pages.scales[table].double().unsqueeze(-1)
+    k, v = whole.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :tokens].unbind(0)
+    return k, v
+
+
+def attention64(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None
+) -> torch.Tensor:
+    """q [queries, heads, d], k and v [tokens, kv_heads, d]; the queries are the last tokens. The
+    textbook's softmax(Q K^T) V in float64."""
+    queries, heads, _ = q.shape
+    tokens, kv_heads, _ = k.shape
+    k, v = (x.double().repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q.double(), k) * scale
+    key = torch.arange(tokens)
+    query = torch.arange(tokens - queries, tokens)[:, None]
+    hidden = key > query
+    if window is not None:
+        hidden |= key <= query - window
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)

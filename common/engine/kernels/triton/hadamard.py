@@ -6,8 +6,8 @@ import triton.language as tl
 
 from common.errors import ConfigError
 
-# Larger vectors are columns of this many: one product with H_128 in shared memory, then sums.
-MATRIX = 128
+# Rows of a tile: what a warpgroup's matrix product takes.
+ROWS = 64
 
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:
@@ -25,14 +25,19 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
         )
     x = x.contiguous()
     out = torch.empty_like(x)
-    matrix = min(d, MATRIX)
-    rows = 64 * MATRIX // d if x.element_size() == 2 else 16
-    grid = (triton.cdiv(n, rows),)
+    matrix = matrix_size(d, x.dtype)
+    grid = (triton.cdiv(n * d // matrix, ROWS),)
     if n:
         hadamard_kernel[grid](
-            x, out, n, D=d, MATRIX=matrix, ROWS=rows, NORM=d**-0.5, num_warps=4, num_stages=1
-        )
+            x, out, n * d // matrix, PARTS=d // matrix, MATRIX=matrix, ROWS=ROWS, NORM=d**-0.5,
+            num_warps=4, num_stages=1,
+        )  # fmt: skip
     return out
+
+
+def matrix_size(d: int, dtype: torch.dtype) -> int:
+    """b of H_b. float32 products need more registers, which hold a smaller one only."""
+    return min(d, 64 if dtype == torch.float32 else 128)
 
 
 def supports(head_dim: int) -> bool:
@@ -51,12 +56,22 @@ def hadamard_matrix(SIZE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def times_hadamard(x, SIZE: tl.constexpr):
+    """x [rows, SIZE] -> x @ H float32."""
+    matrix = hadamard_matrix(SIZE, x.dtype)
+    if x.dtype == tl.float32:
+        # tf32 keeps 10 of 23 bits of mantissa: a product for those, and one for the rest.
+        high = (x.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+        return tl.dot(high, matrix, tl.dot(x - high, matrix))
+    else:
+        return tl.dot(x, matrix)
+
+
+@triton.jit
 def rotate_halves(left, right, HALF: tl.constexpr):
     """The left and right halves [rows, HALF] of vectors -> those of vectors @ H / sqrt(2 * HALF),
     float32. Rows a power of two of at least 16."""
-    matrix = hadamard_matrix(HALF, left.dtype)
-    left = tl.dot(left, matrix, input_precision="ieee")
-    right = tl.dot(right, matrix, input_precision="ieee")
+    left, right = times_hadamard(left, HALF), times_hadamard(right, HALF)
     norm: tl.constexpr = (2 * HALF) ** -0.5
     return (left + right) * norm, (left - right) * norm
 
@@ -65,23 +80,24 @@ def rotate_halves(left, right, HALF: tl.constexpr):
 def hadamard_kernel(
     x,
     out,
-    n,
-    D: tl.constexpr,
+    rows,
+    PARTS: tl.constexpr,
     MATRIX: tl.constexpr,
     ROWS: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    PARTS: tl.constexpr = D // MATRIX
-    # Row i of the tile is part i % PARTS of vector i // PARTS: the parts lie end to end.
-    part = tl.program_id(0).to(tl.int64) * ROWS * PARTS + tl.arange(0, ROWS * PARTS)
-    at = part[:, None] * MATRIX + tl.arange(0, MATRIX)[None, :]
-    inside = (part < n * PARTS)[:, None]
+    """A vector is PARTS rows of MATRIX columns, which lie end to end in memory."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = row[:, None].to(tl.int64) * MATRIX + tl.arange(0, MATRIX)[None, :]
+    inside = (row < rows)[:, None]
     tile = tl.load(x + at, mask=inside, other=0.0)
-    y = tl.dot(tile, hadamard_matrix(MATRIX, tile.dtype), input_precision="ieee")
+    y = times_hadamard(tile, MATRIX)
     if PARTS >= 2:
-        y = butterfly(y, 1, ROWS * PARTS, MATRIX)
+        y = butterfly(y, 1, ROWS, MATRIX)
     if PARTS >= 4:
-        y = butterfly(y, 2, ROWS * PARTS, MATRIX)
+        y = butterfly(y, 2, ROWS, MATRIX)
+    if PARTS >= 8:
+        y = butterfly(y, 4, ROWS, MATRIX)
     tl.store(out + at, (y * NORM).to(tile.dtype), mask=inside)
 
 

@@ -61,7 +61,7 @@ def write_kv(
                                                      else scales.stride()[:3]),
             HEADS=heads, KV_HEADS=kv_heads, D=d, BLOCK_SIZE=block_size, ROWS=ROWS,
             HALF=triton.next_power_of_2(d // 2), ROTATE=rotate, NATIVE=NATIVE_FP8,
-            num_warps=4, num_stages=1, enable_fp_fusion=False,
+            num_warps=8 if rotate else 4, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
     return qkv[:, :heads]
 
@@ -139,9 +139,7 @@ def write_kv_kernel(
         tl.store(payload + to + D // 2, right.to(kind), mask=inside & stored[:, None])
     else:
         left, right = left.to(tl.float32), right.to(tl.float32)
-        scale = tl.maximum(
-            fp8_scale(left, inside), fp8_scale(right, inside), tl.PropagateNan.ALL
-        )
+        scale = tl.maximum(fp8_scale(left, inside), fp8_scale(right, inside), tl.PropagateNan.ALL)
         code = quantize_e4m3(left, scale, NATIVE)
         tl.store(payload + to, code, mask=inside & stored[:, None])
         code = quantize_e4m3(right, scale, NATIVE)

@@ -114,7 +114,7 @@ def check(case: AotCase) -> tuple[str, bool]:
     try:
         used = usage(compile_case(case))
     except Exception as error:  # whatever the compiler raises is this line's result
-        return f"{case.name:44} does not compile: {error}", False
+        return f"{case.name:44} does not compile: {str(error)[-300:]}", False
     good = used.spill_bytes <= case.spill_bytes and used.shared_bytes <= MAX_SHARED_BYTES
     line = (
         f"{case.name:44} {used.registers:9} {used.spill_bytes:11} {used.shared_bytes:12} "

@@ -4,23 +4,40 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
+from common.engine.kernels.triton.decode_attention import (
+    LOG2_E,
+    MAX_SPLITS,
+    SPLIT_TOKENS,
+    compute_type,
+    decode_kernel,
+    merge_kernel,
+    tile_config,
+)
 from common.engine.kernels.triton.hadamard import ROWS as HADAMARD_ROWS
 from common.engine.kernels.triton.hadamard import hadamard_kernel, matrix_size
 from common.engine.kernels.triton.kv_write import ROWS, write_kv_kernel
 from tools.aot import AotCase
 
 HEADS, KV_HEADS, BLOCK_SIZE, LAYERS = 32, 8, 16, 32
+SIZES = {"*fp16": 2, "*bf16": 2, "*fp32": 4}
 
 
-def page_strides(d: int) -> tuple[int, int, int, int, int, int, int]:
-    """Of a layer's payload: block, K or V, head, token; of its scales: block, K or V, head."""
+def page_strides(d: int, fp8: bool) -> dict[str, int]:
+    """Of a layer of the cache, in elements."""
     head, layer = BLOCK_SIZE * d, 2 * KV_HEADS * BLOCK_SIZE * d
-    return LAYERS * layer, KV_HEADS * head, head, d, LAYERS * layer // d, KV_HEADS * BLOCK_SIZE, 16
+    strides = {
+        "stride_block": LAYERS * layer, "stride_kv": KV_HEADS * head, "stride_head": head,
+        "stride_token": d, "scale_block": LAYERS * layer // d + LAYERS * layer // 4,
+        "scale_kv": KV_HEADS * BLOCK_SIZE, "scale_head": BLOCK_SIZE,
+    }  # fmt: skip
+    if fp8:
+        return strides
+    return strides | {"scale_block": 0, "scale_kv": 0, "scale_head": 0}
 
 
 def write_kv(name: str, kind: str, d: int, fp8: bool, norm: bool, rotate: bool) -> AotCase:
-    strides = page_strides(d)
     args: dict[str, Any] = {
         "qkv": kind,
         "norm": kind if norm else None,
@@ -32,20 +49,7 @@ def write_kv(name: str, kind: str, d: int, fp8: bool, norm: bool, rotate: bool) 
         "scales": "*fp32" if fp8 else None,
         "rows": 7 * (HEADS + 2 * KV_HEADS),
         "eps": 1e-5,
-        **dict(
-            zip(
-                ("stride_block", "stride_kv", "stride_head", "stride_token"),
-                strides[:4],
-                strict=True,
-            )
-        ),
-        **dict(
-            zip(
-                ("scale_block", "scale_kv", "scale_head"),
-                strides[4:] if fp8 else (0, 0, 0),
-                strict=True,
-            )
-        ),
+        **page_strides(d, fp8),
         "HEADS": HEADS,
         "KV_HEADS": KV_HEADS,
         "D": d,
@@ -70,6 +74,40 @@ def hadamard(kind: str, d: int) -> AotCase:
     )
 
 
+def decode(kind: str, fp8: bool, d: int, group: int, compute: torch.dtype) -> AotCase:
+    heads = group * KV_HEADS
+    tile, warps, stages = tile_config(d, 1 if fp8 else SIZES[kind], compute_type(compute, fp8))
+    args = {
+        "q": kind, "payload": "*i16" if fp8 else kind, "scales": "*fp32" if fp8 else None,
+        "table": "*i32", "contexts": "*i32", "out": kind, "partial": "*fp32", "lse": "*fp32",
+        "scale": d**-0.5 * LOG2_E, "window": 0, "q_row": (heads + 2 * KV_HEADS) * d, "q_head": d,
+        **page_strides(d, fp8),
+        "table_row": 81, "out_row": heads * d, "out_head": d, "GROUP": group,
+        "ROWS": max(16, triton.next_power_of_2(group)), "D": d,
+        "HALF": triton.next_power_of_2(d // 2), "BLOCK_SIZE": BLOCK_SIZE, "TILE": tile,
+        "SPLIT_TOKENS": SPLIT_TOKENS, "MAX_SPLITS": MAX_SPLITS, "FP8": fp8,
+        "COMPUTE": compute_type(compute, fp8), "NATIVE": True,
+    }  # fmt: skip
+    return AotCase(
+        f"decode {kind[1:]}, {'fp8' if fp8 else kind[1:]} pages, d {d}, group {group}",
+        decode_kernel,
+        args,
+        {"num_warps": warps, "num_stages": stages},
+    )
+
+
+def merge(kind: str, d: int) -> AotCase:
+    args = {
+        "partial": "*fp32", "lse": "*fp32", "contexts": "*i32", "out": kind, "window": 0,
+        "out_row": HEADS * d, "out_head": d, "HEADS": HEADS, "D": d,
+        "COLUMNS": triton.next_power_of_2(d), "TILE": tile_config(d, 1, tl.float16)[0],
+        "SPLIT_TOKENS": SPLIT_TOKENS, "MAX_SPLITS": MAX_SPLITS,
+    }  # fmt: skip
+    return AotCase(
+        f"merge {kind[1:]}, d {d}", merge_kernel, args, {"num_warps": 4, "num_stages": 1}
+    )
+
+
 CASES: list[AotCase] = [
     write_kv("bf16, fp8 pages, d 128", "*bf16", 128, True, False, False),
     write_kv("bf16, fp8 pages, d 128, rotated", "*bf16", 128, True, False, True),
@@ -78,5 +116,16 @@ CASES: list[AotCase] = [
     write_kv("bf16, bf16 pages, d 256", "*bf16", 256, False, False, False),
     write_kv("fp32, fp32 pages, d 64", "*fp32", 64, False, False, False),
     write_kv("fp32, fp8 pages, d 256, rotated", "*fp32", 256, True, False, True),
+    *(
+        decode("*bf16", fp8, d, 4, torch.bfloat16)
+        for d in (64, 96, 128, 256)
+        for fp8 in (True, False)
+    ),
+    *(decode("*bf16", True, 128, group, torch.bfloat16) for group in (1, 8, 32)),
+    decode("*fp16", True, 128, 4, torch.float16),
+    decode("*fp32", True, 256, 4, torch.float32),
+    decode("*fp32", False, 256, 4, torch.float32),
+    merge("*bf16", 128),
+    merge("*bf16", 256),
     *(hadamard(kind, d) for kind in ("*bf16", "*fp16", "*fp32") for d in (64, 128, 256, 512)),
 ]

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from common.engine.kernels.triton.fp8 import NATIVE_FP8, decode_e4m3
+from common.engine.kernels.triton.fp8 import NATIVE_FP8, decode_e4m3_pairs
 
 # Keys of one thread block at least, so that one sequence of a thousand tokens fills some of the
 # GPU, and splits of one sequence at most, which bounds what is merged.
@@ -51,7 +51,8 @@ def decode_attention(
     kv_heads, block_size = payload.shape[2], payload.shape[3]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     fp8 = scales is not None
-    tile, warps, stages = tile_config(d, payload.element_size())
+    compute = compute_type(q.dtype, fp8)
+    tile, warps, stages = tile_config(d, payload.element_size(), compute)
     span = max_context if window is None else min(max_context, window + tile)
     splits = min(MAX_SPLITS, max(1, triton.cdiv(span, SPLIT_TOKENS)))
     partial = lse = None
@@ -60,16 +61,16 @@ def decode_attention(
         lse = torch.empty(batch, heads, MAX_SPLITS, dtype=torch.float32, device=q.device)
     if batch == 0:
         return out
+    pages = payload.view(torch.int16) if fp8 else payload
     decode_kernel[(kv_heads, splits, batch)](
-        q, payload.view(torch.uint8) if fp8 else payload, scales, block_table, context_len,
+        q, pages, scales, block_table, context_len,
         out, partial, lse, scale * LOG2_E, window or 0,
-        *q.stride()[:2], *payload.stride()[:4], *(scales.stride()[:3] if fp8 else (0, 0, 0)),
+        *q.stride()[:2], *pages.stride()[:4], *(scales.stride()[:3] if fp8 else (0, 0, 0)),
         block_table.stride(0), *out.stride()[:2],
         GROUP=heads // kv_heads, ROWS=max(16, triton.next_power_of_2(heads // kv_heads)),
-        D=d, COLUMNS=triton.next_power_of_2(d), BLOCK_SIZE=block_size, TILE=tile,
+        D=d, HALF=triton.next_power_of_2(d // 2), BLOCK_SIZE=block_size, TILE=tile,
         SPLIT_TOKENS=SPLIT_TOKENS, MAX_SPLITS=MAX_SPLITS, FP8=fp8,
-        COMPUTE=compute_type(q.dtype, fp8), NATIVE=NATIVE_FP8,
-        num_warps=warps, num_stages=stages,
+        COMPUTE=compute, NATIVE=NATIVE_FP8, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         merge_kernel[(heads, batch)](
@@ -80,11 +81,16 @@ def decode_attention(
     return out
 
 
-def tile_config(d: int, element_bytes: int) -> tuple[int, int, int]:
-    """Keys of a tile, warps and pipeline stages: about 16 KiB of K and as much of V a stage, so
-    that two thread blocks of three stages fit in a multiprocessor's shared memory."""
-    tile = 16384 // (triton.next_power_of_2(d) * element_bytes)
-    return min(128, max(32, tile)), 4, 3
+def tile_config(d: int, kv_bytes: int, compute: tl.dtype) -> tuple[int, int, int]:
+    """Keys of a tile, warps and pipeline stages, for kv_bytes an element of the cache.
+
+    About 16 KiB of K and as much of V: Triton makes two buffers of 5 stages, since V waits for
+    K's product and K for the block table, and two thread blocks fit in a multiprocessor's shared
+    memory. float32 is multiplied in registers, without tensor cores: smaller tiles.
+    """
+    if compute == tl.float32:
+        return 32, 8, 3
+    return min(128, max(32, 16384 // (triton.next_power_of_2(d) * kv_bytes))), 4, 5
 
 
 def compute_type(q: torch.dtype, fp8: bool) -> tl.dtype:
@@ -113,22 +119,55 @@ def split_bounds(
 
 
 @triton.jit
-def load_rows(pointers, mask, COMPUTE: tl.constexpr):
-    """Rows of Q as COMPUTE [rows, columns], and the power of two they must be multiplied by.
+def part_columns(HALF: tl.constexpr, D: tl.constexpr, FP8: tl.constexpr):
+    """The columns of a head's two parts [HALF] each: even and odd ones of e4m3, which is loaded
+    two at a time, and the left and right half of other types."""
+    column = tl.arange(0, HALF)
+    if FP8:
+        return 2 * column, 2 * column + 1
+    else:
+        return column, D // 2 + column
+
+
+@triton.jit
+def load_queries(first, second, mask, COMPUTE: tl.constexpr):
+    """Both parts of Q's rows as COMPUTE, and the power of two [rows] to multiply scores by.
 
     bfloat16 has float32's range and float16 has not: rows become less than 2 then.
     """
-    rows = tl.load(pointers, mask=mask, other=0.0)
-    if rows.dtype == COMPUTE or COMPUTE != tl.float16:
-        factor = tl.full((rows.shape[0],), 1.0, tl.float32)
-        return rows.to(COMPUTE), factor
+    first = tl.load(first, mask=mask, other=0.0)
+    second = tl.load(second, mask=mask, other=0.0)
+    if first.dtype == COMPUTE or COMPUTE != tl.float16:
+        factor = tl.full((first.shape[0],), 1.0, tl.float32)
     else:
-        wide = rows.to(tl.float32)
-        largest = tl.max(tl.abs(wide), 1)
+        first, second = first.to(tl.float32), second.to(tl.float32)
+        largest = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
         # The exponent alone: a power of two, so that nothing is rounded.
         factor = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         factor = tl.where(factor == 0.0, 1.0, factor)
-        return (wide / factor[:, None]).to(COMPUTE), factor
+        first, second = first / factor[:, None], second / factor[:, None]
+    return first.to(COMPUTE), second.to(COMPUTE), factor
+
+
+@triton.jit
+def load_parts(
+    base,
+    at,
+    mask,
+    D: tl.constexpr,
+    FP8: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """Both parts of rows of K or V as COMPUTE. e4m3 is read as int16, two columns an element:
+    tensor cores take operands by 16 bits, and V transposed."""
+    if FP8:
+        pair = tl.load(base + at, mask=mask, other=0)
+        return decode_e4m3_pairs(pair, COMPUTE, NATIVE)
+    else:
+        first = tl.load(base + at, mask=mask, other=0.0)
+        second = tl.load(base + at + D // 2, mask=mask, other=0.0)
+        return first.to(COMPUTE), second.to(COMPUTE)
 
 
 @triton.jit
@@ -158,7 +197,7 @@ def decode_kernel(
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
@@ -175,60 +214,68 @@ def decode_kernel(
         return
     row = tl.arange(0, ROWS)
     head = kv_head * GROUP + row
-    column = tl.arange(0, COLUMNS)
-    held = (row < GROUP)[:, None] & (column < D)[None, :]
-    queries, factor = load_rows(
-        q + sequence * q_row + head[:, None] * q_head + column[None, :], held, COMPUTE
+    column = tl.arange(0, HALF)[None, :]
+    first_column, second_column = part_columns(HALF, D, FP8)
+    held = (row < GROUP)[:, None] & (column < D // 2)
+    query = q + sequence * q_row + head[:, None] * q_head
+    q_first, q_second, factor = load_queries(
+        query + first_column[None, :], query + second_column[None, :], held, COMPUTE
     )
     factor *= scale
 
     most = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    first = tl.zeros((ROWS, HALF), tl.float32)
+    second = tl.zeros((ROWS, HALF), tl.float32)
     payload += kv_head * stride_head
     for start in range(begin, end, TILE):
         token = start + tl.arange(0, TILE)
         alive = (token >= lowest) & (token < end)
         block = tl.load(table + sequence * table_row + token // BLOCK_SIZE, mask=alive, other=0)
         offset = token % BLOCK_SIZE
-        at = block.to(tl.int64) * stride_block + offset * stride_token
-        mask = alive[:, None] & (column < D)[None, :]
-        k = tl.load(payload + at[:, None] + column[None, :], mask=mask, other=0)
-        v = tl.load(payload + stride_kv + at[:, None] + column[None, :], mask=mask, other=0)
-        if FP8:
-            at = block.to(tl.int64) * scale_block + kv_head * scale_head + offset
-            k_scale = tl.load(scales + at, mask=alive, other=0.0)
-            v_scale = tl.load(scales + scale_kv + at, mask=alive, other=0.0)
-            k, v = decode_e4m3(k, COMPUTE, NATIVE), decode_e4m3(v, COMPUTE, NATIVE)
-        scores = tl.dot(queries, tl.trans(k.to(COMPUTE)), input_precision="ieee")
+        slot = (block.to(tl.int64) * stride_block + offset * stride_token)[:, None] + column
+        mask = alive[:, None] & (column < D // 2)
+        k_first, k_second = load_parts(payload, slot, mask, D, FP8, COMPUTE, NATIVE)
+        v_first, v_second = load_parts(payload + stride_kv, slot, mask, D, FP8, COMPUTE, NATIVE)
+        scores = tl.dot(q_first, tl.trans(k_first), input_precision="ieee")
+        scores = tl.dot(q_second, tl.trans(k_second), scores, input_precision="ieee")
         scores *= factor[:, None]
         if FP8:
-            scores *= k_scale[None, :]
+            at = block.to(tl.int64) * scale_block + kv_head * scale_head + offset
+            scores *= tl.load(scales + at, mask=alive, other=0.0)[None, :]
         scores = tl.where(alive[None, :], scores, float("-inf"))
         new_most = tl.maximum(most, tl.max(scores, 1))
         shrink = tl.exp2(most - new_most)
         weights = tl.exp2(scores - new_most[:, None])
         total = total * shrink + tl.sum(weights, 1)
-        sums *= shrink[:, None]
         most = new_most
         if FP8:
             # Weights relative to the tile's largest scale stay in float16's range.
+            v_scale = tl.load(scales + scale_kv + at, mask=alive, other=0.0)
             largest = tl.max(v_scale, 0)
             largest = tl.where(largest > 0.0, largest, 1.0)
-            weights *= (v_scale / largest)[None, :]
-            sums += tl.dot(weights.to(COMPUTE), v, input_precision="ieee") * largest
+            weights = (weights * (v_scale / largest)[None, :]).to(COMPUTE)
+            grow = tl.dot(weights, v_first, input_precision="ieee")
+            first = first * shrink[:, None] + grow * largest
+            grow = tl.dot(weights, v_second, input_precision="ieee")
+            second = second * shrink[:, None] + grow * largest
         else:
-            sums = tl.dot(weights.to(COMPUTE), v.to(COMPUTE), sums, input_precision="ieee")
+            weights = weights.to(COMPUTE)
+            first = tl.dot(weights, v_first, first * shrink[:, None], input_precision="ieee")
+            second = tl.dot(weights, v_second, second * shrink[:, None], input_precision="ieee")
 
-    result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
-    if splits <= 1:
-        to = sequence * out_row + head[:, None] * out_head + column[None, :]
-        tl.store(out + to, result.to(out.dtype.element_ty), mask=held)
-    else:
-        HEADS = GROUP * tl.num_programs(0)
-        to = (sequence * HEADS + head) * MAX_SPLITS + split
-        tl.store(partial + to[:, None] * D + column[None, :], result, mask=held)
-        tl.store(lse + to, most + tl.log2(total), mask=row < GROUP)
+    total = tl.where(total == 0.0, 1.0, total)
+    first, second = first / total[:, None], second / total[:, None]
+    to = out + sequence * out_row + head[:, None] * out_head
+    whole = held & (splits <= 1)
+    tl.store(to + first_column[None, :], first.to(out.dtype.element_ty), mask=whole)
+    tl.store(to + second_column[None, :], second.to(out.dtype.element_ty), mask=whole)
+    if partial is not None:
+        part = (sequence * GROUP * tl.num_programs(0) + head) * MAX_SPLITS + split
+        to = partial + part[:, None] * D
+        tl.store(to + first_column[None, :], first, mask=held & (splits > 1))
+        tl.store(to + second_column[None, :], second, mask=held & (splits > 1))
+        tl.store(lse + part, most + tl.log2(total), mask=(row < GROUP) & (splits > 1))
 
 
 @triton.jit

@@ -49,6 +49,31 @@ def decode_e4m3(code, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def decode_e4m3_pairs(pair, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
+    """pair int16 of any shape, two e4m3 values each -> the low bytes and the high bytes as DTYPE,
+    as `decode_e4m3`. One byte permutation and two conversions give four float16 on a GPU."""
+    if NATIVE and DTYPE == tl.float16:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 sorted;
+            .reg .b16 low, high;
+            prmt.b32 sorted, $2, 0, 0x3120;
+            mov.b32 {low, high}, sorted;
+            cvt.rn.f16x2.e4m3x2 $0, low;
+            cvt.rn.f16x2.e4m3x2 $1, high;
+            }""",
+            "=r,=r,r",
+            [pair],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        low = decode_e4m3((pair & 0xFF).to(tl.uint8), DTYPE, NATIVE)
+        return low, decode_e4m3(((pair >> 8) & 0xFF).to(tl.uint8), DTYPE, NATIVE)
+
+
+@triton.jit
 def fp8_scale(x, valid):
     """x float32 [rows, d], valid bool [rows, d] -> amax / 448 of each row's valid part [rows].
 

@@ -64,7 +64,8 @@ def source(case: AotCase) -> ASTSource:
     for index, parameter in enumerate(case.kernel.params):
         value = case.args[parameter.name]
         divisible = isinstance(value, str)
-        if parameter.is_constexpr or value is None or value == 1:
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and value == 1):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
             continue
@@ -74,7 +75,7 @@ def source(case: AotCase) -> ASTSource:
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible = value % 16 == 0
+            divisible = special and value % 16 == 0
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(case.kernel, signature, constants, attributes)
@@ -114,13 +115,20 @@ def check(case: AotCase) -> tuple[str, bool]:
     try:
         used = usage(compile_case(case))
     except Exception as error:  # whatever the compiler raises is this line's result
-        return f"{case.name:44} does not compile: {str(error)[-300:]}", False
+        return f"{case.name:44} does not compile: {innermost(error)}", False
     good = used.spill_bytes <= case.spill_bytes and used.shared_bytes <= MAX_SHARED_BYTES
     line = (
         f"{case.name:44} {used.registers:9} {used.spill_bytes:11} {used.shared_bytes:12} "
         f"{used.warps:5}"
     )
     return line if good else f"{line}  over the limit", good
+
+
+def innermost(error: BaseException) -> str:
+    """The last of an error's causes: Triton wraps one for each function that calls another."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error)[-300:]}"
 
 
 def main() -> int:

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from common.engine.cache import KVCache
+from common.engine.kernels.reference import quantize_fp8
 from common.kv.layout import KVLayout
 
+FP8, HALF, FLOAT = torch.float8_e4m3fn, torch.float16, torch.float32
 LAYER = 1  # of two: what kernels read and write is strided within a block
 
 
@@ -27,6 +29,38 @@ def make_pages(blocks: int, kv_heads: int, block_size: int, d: int, dtype: torch
     layout = KVLayout(2, kv_heads, d, block_size, kind[dtype])
     cache = KVCache(layout, blocks, torch.device("cpu"))
     return Pages(cache.payload[LAYER], None if cache.scales is None else cache.scales[LAYER])
+
+
+def poison(pages: Pages) -> None:
+    """NaN everywhere: what no test writes must not be read."""
+    if pages.scales is None:
+        pages.payload.fill_(torch.nan)
+    else:
+        pages.payload.view(torch.uint8).fill_(0x7F)
+        pages.scales.fill_(torch.nan)
+
+
+def fill(contexts, kv_heads, d, block_size, kv, seed) -> tuple[Pages, torch.Tensor]:
+    """Poisoned pages in a shuffled order, with the KV of contexts; and the block table."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = [-(-context // block_size) for context in contexts]
+    pages = make_pages(2 + sum(counts), kv_heads, block_size, d, kv)
+    poison(pages)
+    order = (torch.randperm(sum(counts), generator=generator) + 1).tolist()
+    table = torch.full((len(contexts), max(1, *counts) + 2), -1, dtype=torch.int32)
+    for i, (context, count) in enumerate(zip(contexts, counts, strict=True)):
+        mine, order = order[:count], order[count:]
+        table[i, :count] = torch.tensor(mine, dtype=torch.int32)
+        x = torch.randn(context, 2, kv_heads, d, generator=generator)
+        # Magnitudes from token to token, as scales meet them.
+        x *= torch.exp2(torch.randint(-4, 3, (context, 1, kv_heads, 1), generator=generator))
+        values, scale = quantize_fp8(x) if kv == FP8 else (x.to(kv), None)
+        for token in range(context):
+            at = (mine[token // block_size], ..., token % block_size)
+            pages.payload[mine[token // block_size], :, :, token % block_size] = values[token]
+            if scale is not None:
+                pages.scales[at] = scale[token]
+    return pages, table
 
 
 def gather(pages: Pages, table: list[int], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

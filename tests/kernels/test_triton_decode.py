@@ -3,44 +3,9 @@
 import pytest
 import torch
 
-from common.engine.kernels.reference import quantize_fp8
 from common.engine.kernels.triton import decode_attention as decode
 from common.engine.kernels.triton.decode_attention import decode_attention
-from tests.kernels.paging import Pages, attention64, gather, make_pages
-
-FP8, HALF, FLOAT = torch.float8_e4m3fn, torch.float16, torch.float32
-
-
-def poison(pages: Pages) -> None:
-    """NaN everywhere: what no test writes must not be read."""
-    if pages.scales is None:
-        pages.payload.fill_(torch.nan)
-    else:
-        pages.payload.view(torch.uint8).fill_(0x7F)
-        pages.scales.fill_(torch.nan)
-
-
-def fill(contexts, kv_heads, d, block_size, kv, seed) -> tuple[Pages, torch.Tensor]:
-    """Poisoned pages in a shuffled order, with the KV of contexts; and the block table."""
-    generator = torch.Generator().manual_seed(seed)
-    counts = [-(-context // block_size) for context in contexts]
-    pages = make_pages(2 + sum(counts), kv_heads, block_size, d, kv)
-    poison(pages)
-    order = (torch.randperm(sum(counts), generator=generator) + 1).tolist()
-    table = torch.full((len(contexts), max(1, *counts) + 2), -1, dtype=torch.int32)
-    for i, (context, count) in enumerate(zip(contexts, counts, strict=True)):
-        mine, order = order[:count], order[count:]
-        table[i, :count] = torch.tensor(mine, dtype=torch.int32)
-        x = torch.randn(context, 2, kv_heads, d, generator=generator)
-        # Magnitudes from token to token, as scales meet them.
-        x *= torch.exp2(torch.randint(-4, 3, (context, 1, kv_heads, 1), generator=generator))
-        values, scale = quantize_fp8(x) if kv == FP8 else (x.to(kv), None)
-        for token in range(context):
-            at = (mine[token // block_size], ..., token % block_size)
-            pages.payload[mine[token // block_size], :, :, token % block_size] = values[token]
-            if scale is not None:
-                pages.scales[at] = scale[token]
-    return pages, table
+from tests.kernels.paging import FLOAT, FP8, HALF, attention64, fill, gather
 
 
 def check(contexts, heads, kv_heads, d, block_size, kv, dtype, window=None, rtol=None) -> None:

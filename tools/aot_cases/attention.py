@@ -7,10 +7,8 @@ import triton
 import triton.language as tl
 
 from common.engine.kernels.triton.decode_attention import (
-    LOG2_E,
     MAX_SPLITS,
     SPLIT_TOKENS,
-    compute_type,
     decode_kernel,
     merge_kernel,
     tile_config,
@@ -18,8 +16,14 @@ from common.engine.kernels.triton.decode_attention import (
 from common.engine.kernels.triton.hadamard import ROWS as HADAMARD_ROWS
 from common.engine.kernels.triton.hadamard import hadamard_kernel, matrix_size
 from common.engine.kernels.triton.kv_write import ROWS, write_kv_kernel
+from common.engine.kernels.triton.pages import LOG2_E, compute_type
+from common.engine.kernels.triton.prefill_attention import prefill_fp8_kernel, prefill_kernel
+from common.engine.kernels.triton.prefill_attention import tile_config as prefill_config
 from tools.aot import AotCase
 
+# Words that the assembler keeps aside once, before and after the loops over keys. (It stops at 168
+# and at 255 registers; a loop that spills has hundreds of bytes.)
+ASIDE_BYTES = 80
 HEADS, KV_HEADS, BLOCK_SIZE, LAYERS = 32, 8, 16, 32
 SIZES = {"*fp16": 2, "*bf16": 2, "*fp32": 4}
 
@@ -84,7 +88,7 @@ def decode(kind: str, fp8: bool, d: int, group: int, compute: torch.dtype) -> Ao
         **page_strides(d, fp8),
         "table_row": 81, "out_row": heads * d, "out_head": d, "GROUP": group,
         "ROWS": max(16, triton.next_power_of_2(group)), "D": d,
-        "HALF": triton.next_power_of_2(d // 2), "BLOCK_SIZE": BLOCK_SIZE, "TILE": tile,
+        "WIDTH": triton.next_power_of_2(d // 2), "BLOCK_SIZE": BLOCK_SIZE, "TILE": tile,
         "SPLIT_TOKENS": SPLIT_TOKENS, "MAX_SPLITS": MAX_SPLITS, "FP8": fp8,
         "COMPUTE": compute_type(compute, fp8), "NATIVE": True,
     }  # fmt: skip
@@ -93,18 +97,44 @@ def decode(kind: str, fp8: bool, d: int, group: int, compute: torch.dtype) -> Ao
         decode_kernel,
         args,
         {"num_warps": warps, "num_stages": stages},
+        spill_bytes=ASIDE_BYTES,
     )
 
 
 def merge(kind: str, d: int) -> AotCase:
     args = {
-        "partial": "*fp32", "lse": "*fp32", "contexts": "*i32", "out": kind, "window": 0,
-        "out_row": HEADS * d, "out_head": d, "HEADS": HEADS, "D": d,
+        "partial": "*fp32", "lse": "*fp32", "contexts": "*i32", "out": kind, "stride": 6,
+        "window": 0,        "out_row": HEADS * d, "out_head": d, "HEADS": HEADS, "D": d,
         "COLUMNS": triton.next_power_of_2(d), "TILE": tile_config(d, 1, tl.float16)[0],
         "SPLIT_TOKENS": SPLIT_TOKENS, "MAX_SPLITS": MAX_SPLITS,
     }  # fmt: skip
     return AotCase(
         f"merge {kind[1:]}, d {d}", merge_kernel, args, {"num_warps": 4, "num_stages": 1}
+    )
+
+
+def prefill(
+    kind: str, fp8: bool, d: int, group: int, eight: bool = False, **changed: int
+) -> AotCase:
+    heads = group * KV_HEADS
+    compute = compute_type({"*bf16": torch.bfloat16, "*fp32": torch.float32}[kind], fp8)
+    rows, tile, warps, stages = prefill_config(d, group, compute, fp8, eight)
+    payload = "*u8" if eight else "*i16" if fp8 else kind
+    width = triton.next_power_of_2(d) // (1 if eight else 2)
+    args = {
+        "q": kind, "payload": payload, "scales": "*fp32" if fp8 else None, "table": "*i32",
+        "query_start": "*i32", "contexts": "*i32", "out": kind, "scale": d**-0.5 * LOG2_E,
+        "window": 0, "sequences": 1, "q_row": (heads + 2 * KV_HEADS) * d, "q_head": d,
+        **page_strides(d, fp8), "table_row": 81, "out_row": heads * d, "out_head": d,
+        "GROUP": group, "ROWS": rows, "D": d, "WIDTH": width, "BLOCK_SIZE": BLOCK_SIZE,
+        "TILE": tile, "FP8": fp8, "COMPUTE": compute, "NATIVE": True, **changed,
+    }  # fmt: skip
+    return AotCase(
+        f"prefill {kind[1:]}, {payload[1:]} pages, d {d}, group {group}",
+        prefill_fp8_kernel if eight else prefill_kernel,
+        args,
+        {"num_warps": warps, "num_stages": stages},
+        spill_bytes=ASIDE_BYTES,
     )
 
 
@@ -127,5 +157,14 @@ CASES: list[AotCase] = [
     decode("*fp32", False, 256, 4, torch.float32),
     merge("*bf16", 128),
     merge("*bf16", 256),
+    *(
+        prefill("*bf16", fp8, d, 4, eight)
+        for d in (64, 96, 128, 256)
+        for fp8, eight in ((True, True), (True, False), (False, False))
+    ),
+    *(prefill("*bf16", True, 128, group) for group in (1, 8)),
+    prefill("*bf16", True, 128, 7, table_row=1),
+    prefill("*fp32", True, 256, 4),
+    prefill("*fp32", False, 256, 4),
     *(hadamard(kind, d) for kind in ("*bf16", "*fp16", "*fp32") for d in (64, 128, 256, 512)),
 ]

@@ -4,14 +4,21 @@ import torch
 import triton
 import triton.language as tl
 
-from common.engine.kernels.triton.fp8 import NATIVE_FP8, decode_e4m3_pairs
+from common.engine.kernels.triton.fp8 import NATIVE_FP8
+from common.engine.kernels.triton.pages import (
+    LOG2_E,
+    compute_type,
+    load_parts,
+    load_queries,
+    page_arguments,
+    softmax_step,
+    store_parts,
+)
 
 # Keys of one thread block at least, so that one sequence of a thousand tokens fills some of the
 # GPU, and splits of one sequence at most, which bounds what is merged.
 SPLIT_TOKENS = 256
 MAX_SPLITS = 32
-COMPUTE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-LOG2_E = 1.4426950408889634
 
 
 def decode_attention(
@@ -57,24 +64,21 @@ def decode_attention(
     splits = min(MAX_SPLITS, max(1, triton.cdiv(span, SPLIT_TOKENS)))
     partial = lse = None
     if splits > 1:
-        partial = torch.empty(batch, heads, MAX_SPLITS, d, dtype=torch.float32, device=q.device)
-        lse = torch.empty(batch, heads, MAX_SPLITS, dtype=torch.float32, device=q.device)
+        partial = torch.empty(batch, heads, splits, d, dtype=torch.float32, device=q.device)
+        lse = torch.empty(batch, heads, splits, dtype=torch.float32, device=q.device)
     if batch == 0:
         return out
-    pages = payload.view(torch.int16) if fp8 else payload
     decode_kernel[(kv_heads, splits, batch)](
-        q, pages, scales, block_table, context_len,
-        out, partial, lse, scale * LOG2_E, window or 0,
-        *q.stride()[:2], *pages.stride()[:4], *(scales.stride()[:3] if fp8 else (0, 0, 0)),
-        block_table.stride(0), *out.stride()[:2],
+        q, *page_arguments(payload, scales), block_table, context_len, out, partial, lse,
+        scale * LOG2_E, window or 0, *q.stride()[:2], block_table.stride(0), *out.stride()[:2],
         GROUP=heads // kv_heads, ROWS=max(16, triton.next_power_of_2(heads // kv_heads)),
-        D=d, HALF=triton.next_power_of_2(d // 2), BLOCK_SIZE=block_size, TILE=tile,
+        D=d, WIDTH=triton.next_power_of_2(d // 2), BLOCK_SIZE=block_size, TILE=tile,
         SPLIT_TOKENS=SPLIT_TOKENS, MAX_SPLITS=MAX_SPLITS, FP8=fp8,
         COMPUTE=compute, NATIVE=NATIVE_FP8, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         merge_kernel[(heads, batch)](
-            partial, lse, context_len, out, window or 0, *out.stride()[:2],
+            partial, lse, context_len, out, splits, window or 0, *out.stride()[:2],
             HEADS=heads, D=d, COLUMNS=triton.next_power_of_2(d), TILE=tile,
             SPLIT_TOKENS=SPLIT_TOKENS, MAX_SPLITS=MAX_SPLITS, num_warps=4, num_stages=1,
         )  # fmt: skip
@@ -89,14 +93,8 @@ def tile_config(d: int, kv_bytes: int, compute: tl.dtype) -> tuple[int, int, int
     memory. float32 is multiplied in registers, without tensor cores: smaller tiles.
     """
     if compute == tl.float32:
-        return 32, 8, 3
+        return 32 if d <= 128 else 16, 8, 3
     return min(128, max(32, 16384 // (triton.next_power_of_2(d) * kv_bytes))), 4, 5
-
-
-def compute_type(q: torch.dtype, fp8: bool) -> tl.dtype:
-    """What tiles are multiplied in. float16 for e4m3 also where the model has bfloat16: a GPU
-    converts to it in one instruction of two elements, and it keeps more of Q."""
-    return tl.float16 if fp8 and q == torch.bfloat16 else COMPUTE[q]
 
 
 @triton.jit
@@ -119,62 +117,17 @@ def split_bounds(
 
 
 @triton.jit
-def part_columns(HALF: tl.constexpr, D: tl.constexpr, FP8: tl.constexpr):
-    """The columns of a head's two parts [HALF] each: even and odd ones of e4m3, which is loaded
-    two at a time, and the left and right half of other types."""
-    column = tl.arange(0, HALF)
-    if FP8:
-        return 2 * column, 2 * column + 1
-    else:
-        return column, D // 2 + column
-
-
-@triton.jit
-def load_queries(first, second, mask, COMPUTE: tl.constexpr):
-    """Both parts of Q's rows as COMPUTE, and the power of two [rows] to multiply scores by.
-
-    bfloat16 has float32's range and float16 has not: rows become less than 2 then.
-    """
-    first = tl.load(first, mask=mask, other=0.0)
-    second = tl.load(second, mask=mask, other=0.0)
-    if first.dtype == COMPUTE or COMPUTE != tl.float16:
-        factor = tl.full((first.shape[0],), 1.0, tl.float32)
-    else:
-        first, second = first.to(tl.float32), second.to(tl.float32)
-        largest = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
-        # The exponent alone: a power of two, so that nothing is rounded.
-        factor = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        factor = tl.where(factor == 0.0, 1.0, factor)
-        first, second = first / factor[:, None], second / factor[:, None]
-    return first.to(COMPUTE), second.to(COMPUTE), factor
-
-
-@triton.jit
-def load_parts(
-    base,
-    at,
-    mask,
-    D: tl.constexpr,
-    FP8: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    NATIVE: tl.constexpr,
-):
-    """Both parts of rows of K or V as COMPUTE. e4m3 is read as int16, two columns an element:
-    tensor cores take operands by 16 bits, and V transposed."""
-    if FP8:
-        pair = tl.load(base + at, mask=mask, other=0)
-        return decode_e4m3_pairs(pair, COMPUTE, NATIVE)
-    else:
-        first = tl.load(base + at, mask=mask, other=0.0)
-        second = tl.load(base + at + D // 2, mask=mask, other=0.0)
-        return first.to(COMPUTE), second.to(COMPUTE)
-
-
-@triton.jit
 def decode_kernel(
     q,
     payload,
     scales,
+    stride_block,
+    stride_kv,
+    stride_head,
+    stride_token,
+    scale_block,
+    scale_kv,
+    scale_head,
     table,
     contexts,
     out,
@@ -184,20 +137,13 @@ def decode_kernel(
     window,
     q_row,
     q_head,
-    stride_block,
-    stride_kv,
-    stride_head,
-    stride_token,
-    scale_block,
-    scale_kv,
-    scale_head,
     table_row,
     out_row,
     out_head,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
-    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
@@ -214,19 +160,17 @@ def decode_kernel(
         return
     row = tl.arange(0, ROWS)
     head = kv_head * GROUP + row
-    column = tl.arange(0, HALF)[None, :]
-    first_column, second_column = part_columns(HALF, D, FP8)
-    held = (row < GROUP)[:, None] & (column < D // 2)
-    query = q + sequence * q_row + head[:, None] * q_head
+    column = tl.arange(0, WIDTH)[None, :]
+    held = row < GROUP
     q_first, q_second, factor = load_queries(
-        query + first_column[None, :], query + second_column[None, :], held, COMPUTE
+        q + sequence * q_row + head * q_head, held, D, WIDTH, FP8, COMPUTE
     )
     factor *= scale
 
     most = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    first = tl.zeros((ROWS, HALF), tl.float32)
-    second = tl.zeros((ROWS, HALF), tl.float32)
+    first = tl.zeros((ROWS, WIDTH), tl.float32)
+    second = tl.zeros((ROWS, WIDTH), tl.float32)
     payload += kv_head * stride_head
     for start in range(begin, end, TILE):
         token = start + tl.arange(0, TILE)
@@ -239,16 +183,11 @@ def decode_kernel(
         v_first, v_second = load_parts(payload + stride_kv, slot, mask, D, FP8, COMPUTE, NATIVE)
         scores = tl.dot(q_first, tl.trans(k_first), input_precision="ieee")
         scores = tl.dot(q_second, tl.trans(k_second), scores, input_precision="ieee")
-        scores *= factor[:, None]
         if FP8:
             at = block.to(tl.int64) * scale_block + kv_head * scale_head + offset
             scores *= tl.load(scales + at, mask=alive, other=0.0)[None, :]
         scores = tl.where(alive[None, :], scores, float("-inf"))
-        new_most = tl.maximum(most, tl.max(scores, 1))
-        shrink = tl.exp2(most - new_most)
-        weights = tl.exp2(scores - new_most[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        most = new_most
+        weights, shrink, most, total = softmax_step(scores, factor, most, total)
         if FP8:
             # Weights relative to the tile's largest scale stay in float16's range.
             v_scale = tl.load(scales + scale_kv + at, mask=alive, other=0.0)
@@ -264,18 +203,15 @@ def decode_kernel(
             first = tl.dot(weights, v_first, first * shrink[:, None], input_precision="ieee")
             second = tl.dot(weights, v_second, second * shrink[:, None], input_precision="ieee")
 
-    total = tl.where(total == 0.0, 1.0, total)
-    first, second = first / total[:, None], second / total[:, None]
-    to = out + sequence * out_row + head[:, None] * out_head
-    whole = held & (splits <= 1)
-    tl.store(to + first_column[None, :], first.to(out.dtype.element_ty), mask=whole)
-    tl.store(to + second_column[None, :], second.to(out.dtype.element_ty), mask=whole)
+    most = most * factor + tl.log2(total)
+    total = tl.where(total == 0.0, 1.0, total)[:, None]
+    first, second = first / total, second / total
+    to = out + sequence * out_row + head * out_head
+    store_parts(to, first, second, held & (splits <= 1), D, FP8)
     if partial is not None:
-        part = (sequence * GROUP * tl.num_programs(0) + head) * MAX_SPLITS + split
-        to = partial + part[:, None] * D
-        tl.store(to + first_column[None, :], first, mask=held & (splits > 1))
-        tl.store(to + second_column[None, :], second, mask=held & (splits > 1))
-        tl.store(lse + part, most + tl.log2(total), mask=(row < GROUP) & (splits > 1))
+        part = (sequence * GROUP * tl.num_programs(0) + head) * tl.num_programs(1) + split
+        store_parts(partial + part * D, first, second, held & (splits > 1), D, FP8)
+        tl.store(lse + part, most, mask=held & (splits > 1))
 
 
 @triton.jit
@@ -284,6 +220,7 @@ def merge_kernel(
     lse,
     contexts,
     out,
+    stride,
     window,
     out_row,
     out_head,
@@ -305,7 +242,7 @@ def merge_kernel(
         return
     split = tl.arange(0, MAX_SPLITS)
     column = tl.arange(0, COLUMNS)
-    at = (sequence * HEADS + head) * MAX_SPLITS + split
+    at = (sequence * HEADS + head) * stride + split
     logs = tl.load(lse + at, mask=split < splits, other=float("-inf"))
     mask = (split < splits)[:, None] & (column < D)[None, :]
     parts = tl.load(partial + at[:, None] * D + column[None, :], mask=mask, other=0.0)

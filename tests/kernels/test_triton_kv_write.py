@@ -22,7 +22,7 @@ def bytes_of(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(torch.uint8)
 
 
-def check(qkv, pages, positions, slots) -> None:
+def check(qkv, pages, positions, slots, static=None) -> None:
     """Q against the reference's; of the pages every byte: what is not written stays.
 
     A fused multiply-add rounds otherwise than two operations, so that K has no bytes of its own to
@@ -36,13 +36,13 @@ def check(qkv, pages, positions, slots) -> None:
     payload = pages.payload.clone()
     scales = None if pages.scales is None else pages.scales.clone()
 
-    q = write_kv(qkv, rope, positions, slots, pages.payload, pages.scales)
+    q = write_kv(qkv, rope, positions, slots, pages.payload, pages.scales, static=static)
 
     torch.testing.assert_close(q, expected)
     kv = torch.stack((q[:, :kv_heads], v), 1)
     values = kv.to(payload.dtype)
     if scales is not None:
-        values, scale = quantize_fp8(kv)
+        values, scale = quantize_fp8(kv, static)
     for token, slot in enumerate(slots.tolist()):
         if slot < 0:
             continue
@@ -136,6 +136,14 @@ def test_nan_stays_nan_and_infinity_saturates_in_the_token_that_has_them():
     values, scale = quantize_fp8(qkv[1, 2])
     assert torch.equal(v[1], values.float())
     assert pages.scales[1, 1, 0, 1] == scale
+
+
+def test_static_scales_are_written_beside_values_that_saturate_over_them():
+    qkv = torch.randn(20, 6, 64, generator=torch.Generator().manual_seed(4))
+    pages = make_pages(3, 2, 16, 64, FP8)
+    static = torch.tensor([[2**-9, 0.01], [0.003, 0.0]])
+    check(qkv, pages, torch.arange(20), torch.arange(16, 36), static)
+    assert (pages.payload.float().abs() == 448).any()
 
 
 def test_a_token_of_a_negative_slot_writes_no_kv_but_its_q_is_turned():

@@ -41,7 +41,10 @@ def page_strides(d: int, fp8: bool) -> dict[str, int]:
     return strides | {"scale_block": 0, "scale_kv": 0, "scale_head": 0}
 
 
-def write_kv(name: str, kind: str, d: int, fp8: bool, norm: bool, rotate: bool) -> AotCase:
+def write_kv(
+    name: str, kind: str, d: int, fp8: bool, *, norm: bool = False, rotate: bool = False,
+    static: bool = False,
+) -> AotCase:  # fmt: skip
     args: dict[str, Any] = {
         "qkv": kind,
         "norm": kind if norm else None,
@@ -51,6 +54,7 @@ def write_kv(name: str, kind: str, d: int, fp8: bool, norm: bool, rotate: bool) 
         "slots": "*i64",
         "payload": "*u8" if fp8 else kind,
         "scales": "*fp32" if fp8 else None,
+        "static": "*fp32" if static else None,
         "rows": 7 * (HEADS + 2 * KV_HEADS),
         "eps": 1e-5,
         **page_strides(d, fp8),
@@ -139,13 +143,14 @@ def prefill(
 
 
 CASES: list[AotCase] = [
-    write_kv("bf16, fp8 pages, d 128", "*bf16", 128, True, False, False),
-    write_kv("bf16, fp8 pages, d 128, rotated", "*bf16", 128, True, False, True),
-    write_kv("bf16, fp8 pages, d 128, norm", "*bf16", 128, True, True, False),
-    write_kv("bf16, fp8 pages, d 96", "*bf16", 96, True, False, False),
-    write_kv("bf16, bf16 pages, d 256", "*bf16", 256, False, False, False),
-    write_kv("fp32, fp32 pages, d 64", "*fp32", 64, False, False, False),
-    write_kv("fp32, fp8 pages, d 256, rotated", "*fp32", 256, True, False, True),
+    write_kv("bf16, fp8 pages, d 128", "*bf16", 128, True),
+    write_kv("bf16, fp8 pages, d 128, static", "*bf16", 128, True, static=True),
+    write_kv("bf16, fp8 pages, d 128, rotated", "*bf16", 128, True, rotate=True),
+    write_kv("bf16, fp8 pages, d 128, norm", "*bf16", 128, True, norm=True),
+    write_kv("bf16, fp8 pages, d 96", "*bf16", 96, True),
+    write_kv("bf16, bf16 pages, d 256", "*bf16", 256, False),
+    write_kv("fp32, fp32 pages, d 64", "*fp32", 64, False),
+    write_kv("fp32, fp8 pages, d 256, rotated", "*fp32", 256, True, rotate=True),
     *(
         decode("*bf16", fp8, d, 4, torch.bfloat16)
         for d in (64, 96, 128, 256)

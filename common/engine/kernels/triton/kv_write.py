@@ -21,6 +21,7 @@ def write_kv(
     payload: torch.Tensor,
     scales: torch.Tensor | None,
     *,
+    static: torch.Tensor | None = None,
     qk_norm: tuple[torch.Tensor, float] | None = None,
     rotate: bool = False,
 ) -> torch.Tensor:
@@ -33,14 +34,16 @@ def write_kv(
     slots      [n] int64, block * block_size + offset; a token of a negative slot writes no KV
     payload    [num_blocks, 2, kv_heads, block_size, d], a layer of the cache, written
     scales     [num_blocks, 2, kv_heads, block_size] float32, written; None unless payload is e4m3
+    static     [2, kv_heads] float32, K's and V's scales from the checkpoint, over 448 of which
+               values saturate; None: each token and head has a scale of amax / 448
     qk_norm    weight [heads + kv_heads, d] of an RMSNorm of Q and K before the turn, and its eps
     rotate     Q and K are multiplied by H_d / sqrt(d) after the turn (QuaRot, Ashkboos et al.
                2024), which leaves Q K^T as it is and K without outliers. K in the cache is then
                another K: `rotate` must be part of the fingerprint of the KV.
     returns    Q [n, heads, d], a view of qkv
 
-    For e4m3 each token and head has a scale of amax / 448, and bytes and scale equal those of
-    `quantize_fp8` in reference.py. Every step rounds to qkv's dtype, as separate operations do.
+    Bytes and scales of e4m3 equal those of `quantize_fp8` in reference.py. Every step rounds to
+    qkv's dtype, as separate operations do.
     Raises ConfigError where `rotate` meets heads that are not 64, 128 or 256.
     """
     n, total, d = qkv.shape
@@ -56,7 +59,7 @@ def write_kv(
         # No fused multiply-add but where the code says so: fusing rounds otherwise than torch.
         write_kv_kernel[grid](
             qkv, weight, *rope, positions, slots,
-            payload if scales is None else payload.view(torch.uint8), scales,
+            payload if scales is None else payload.view(torch.uint8), scales, static,
             n * total, eps, *payload.stride()[:4], *((0,) * 3 if scales is None
                                                      else scales.stride()[:3]),
             HEADS=heads, KV_HEADS=kv_heads, D=d, BLOCK_SIZE=block_size, ROWS=ROWS,
@@ -76,6 +79,7 @@ def write_kv_kernel(
     slots,
     payload,
     scales,
+    static,
     rows,
     eps,
     stride_block,
@@ -139,7 +143,12 @@ def write_kv_kernel(
         tl.store(payload + to + D // 2, right.to(kind), mask=inside & stored[:, None])
     else:
         left, right = left.to(tl.float32), right.to(tl.float32)
-        scale = tl.maximum(fp8_scale(left, inside), fp8_scale(right, inside), tl.PropagateNan.ALL)
+        if static is None:
+            scale = tl.maximum(
+                fp8_scale(left, inside), fp8_scale(right, inside), tl.PropagateNan.ALL
+            )
+        else:
+            scale = tl.load(static + which * KV_HEADS + kv_head, mask=stored, other=1.0)
         code = quantize_e4m3(left, scale, NATIVE)
         tl.store(payload + to, code, mask=inside & stored[:, None])
         code = quantize_e4m3(right, scale, NATIVE)

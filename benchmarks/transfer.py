@@ -7,7 +7,8 @@ memory, the receiver ends with them in its own. Frames have the headers of a han
 `--frame` bytes, a block; a transfer of more is many frames in flight. Both sides compute the
 checksums, as the workers do, unless the column says `bare`; the receiver copies every frame to its
 page. memcpy is one thread of numpy over the same bytes; the raw socket is two plain loops of
-sendall and recv_into over loopback, without checksums. ucx_perftest runs where it is installed.
+sendall and recv_into over loopback, without checksums. ucx_perftest (frames of the same size, one
+buffer, polling) runs where UCX is installed.
 Each process has a core of its own, where there are two. UCX takes what it finds (UCX_TLS=tcp,self
 for its TCP).
 
@@ -17,6 +18,7 @@ rounds. Sizes over a quarter of the free memory are left out.
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import os
 import shutil
@@ -34,7 +36,8 @@ import numpy as np
 import uvloop
 from pydantic import ByteSize, TypeAdapter
 
-from common.kv.transports import NAMES, DataPlane, Link, parse_names
+from baton.cli.ports import any_free
+from common.kv.transports import NAMES, SIDE_TRANSPORTS, DataPlane, Link, parse_names
 from common.kv.wire import (
     FRAME_OVERHEAD_BYTES,
     BlockRange,
@@ -46,6 +49,7 @@ from common.kv.wire import (
 from common.telemetry import logging
 
 ROOT = Path(__file__).resolve().parent.parent
+CORES = sorted(os.sched_getaffinity(0))
 GB = 1e9
 RANGE = BlockRange(0, 8, 0, 32)
 BARE_HEADER = bytes(FRAME_OVERHEAD_BYTES)
@@ -59,7 +63,7 @@ MOST_REPEATS = 200
 
 async def receive(names: tuple[str, ...], size: int, frame_bytes: int) -> None:
     """Print the two ports; then serve until the input ends."""
-    _stay_on_core(1)
+    _stay_on_core(-1)
     pages = np.zeros(size, np.uint8)
 
     async def on_frame(frame: memoryview) -> int:
@@ -183,19 +187,39 @@ async def measure(sides: dict[str, Side], size: int, rounds: int) -> dict[str, l
     return seconds
 
 
+def find_perftest() -> tuple[str, dict[str, str]] | None:
+    """UCX's own benchmark and the environment it needs: on PATH, or in the wheel of UCX."""
+    if found := shutil.which("ucx_perftest"):
+        return found, dict(os.environ)
+    spec = importlib.util.find_spec("libucx")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (program := Path(folder) / "bin" / "ucx_perftest").exists():
+            libraries = {"LD_LIBRARY_PATH": str(Path(folder) / "lib")}
+            return str(program), {**os.environ, **libraries, "UCX_WARN_UNUSED_ENV_VARS": "n"}
+    return None
+
+
 def ucx_perftest(size: int) -> float | None:
-    """Seconds a transfer by UCX's own benchmark, both ends on this machine; None without it."""
-    program = shutil.which("ucx_perftest")
-    if program is None:
+    """Seconds for `size` bytes in one message by UCX's own benchmark; None without it."""
+    found = find_perftest()
+    if found is None:
         return None
-    common = [program, "-t", "tag_bw", "-s", str(size), "-n", str(max(4, 2**30 // size)), "-f"]
-    server = subprocess.Popen(
-        [program], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    program, environ = found
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+    port = any_free()
+    server = subprocess.Popen([program, "-p", str(port)], env=environ, **quiet)
+    os.sched_setaffinity(server.pid, {CORES[-1]})
     time.sleep(0.5)  # it has no sign of being ready
+    count = max(4, 2**30 // size)
+    command = [program, "127.0.0.1", "-p", str(port), "-t", "tag_bw", "-s", str(size)]
     try:
         done = subprocess.run(
-            [*common, "127.0.0.1"], capture_output=True, text=True, timeout=120, check=True
+            [*command, "-n", str(count), "-w", "4", "-f"],
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
         )
     except (subprocess.SubprocessError, OSError) as error:
         print(f"ucx_perftest failed: {error}", file=sys.stderr)
@@ -203,9 +227,8 @@ def ucx_perftest(size: int) -> float | None:
     finally:
         server.kill()
         server.wait()
-    # Columns of a final line: [tag] iterations, latency (3), bandwidth average, overall (MB/s).
-    numbers = done.stdout.splitlines()[-1].split()
-    return size / (float(numbers[-3]) * 2**20)
+    # The last line ends in bandwidth (MB/s, average and overall) and message rate, likewise.
+    return size / (float(done.stdout.split()[-3]) * 2**20)
 
 
 def show(size: int, seconds: dict[str, list[float]]) -> None:
@@ -241,8 +264,9 @@ async def run(args: argparse.Namespace) -> dict[int, dict[str, list[float]]]:
         results = {}
         for size in args.sizes:
             results[size] = await measure(sides, size, args.rounds)
-            if (perftest := ucx_perftest(size)) is not None:
-                results[size]["ucx_perftest"] = [perftest]
+            message = min(size, args.frame)
+            if "ucx" in args.transports and (perftest := ucx_perftest(message)) is not None:
+                results[size]["ucx_perftest"] = [perftest * size / message]
             show(size, results[size])
         for plane in planes:
             await plane.close()
@@ -251,9 +275,13 @@ async def run(args: argparse.Namespace) -> dict[int, dict[str, list[float]]]:
 
 def _stay_on_core(index: int) -> None:
     """Without this the system may run both ends in turns on one core, or move them about."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) > 1:
-        os.sched_setaffinity(0, {cores[index]})
+    if len(CORES) > 1:
+        os.sched_setaffinity(0, {CORES[index]})
+
+
+def usable() -> tuple[str, ...]:
+    """The transports of this machine."""
+    return tuple(n for n in NAMES if n not in SIDE_TRANSPORTS or SIDE_TRANSPORTS[n][1]() is None)
 
 
 def _sizes(text: str) -> list[int]:
@@ -275,7 +303,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--transports", type=parse_names, default=NAMES, help="for example shm,tcp")
+    add("--transports", type=parse_names, default=usable(), help="for example shm,tcp")
     add("--sizes", type=_sizes, default="64KiB,2MiB,16MiB,64MiB,256MiB,1GiB", help="of a transfer")
     add("--frame", type=lambda text: _sizes(text)[0], default="2MiB", help="bytes of a block")
     add("--rounds", type=int, default=5)

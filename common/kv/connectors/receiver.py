@@ -122,7 +122,7 @@ class HandoffReceiver(KVConnector):
         ).result(timeout=10.0)
         address = join_address(self._advertise_host, port)
         try:
-            self._loop.run(self._transport.probe(address)).result(timeout=10.0)
+            self._loop.run(self._test(address)).result(timeout=20.0)
         except HandoffError as error:
             raise HandoffError(
                 f"no test transfer to {address}, where prefill workers are told to send KV: "
@@ -131,6 +131,11 @@ class HandoffReceiver(KVConnector):
         self._address = address
         self._loop.run(self._tick())
         return address
+
+    async def _test(self, address: str) -> None:
+        link = await self._transport.connect(address)
+        await link.probe()
+        await link.close()
 
     @property
     def data_address(self) -> str:

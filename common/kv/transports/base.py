@@ -17,6 +17,9 @@ from typing import Protocol
 # there and may be another frame's afterwards. The result, 0 to 65535, is the sender's status.
 FrameHandler = Callable[[memoryview], Awaitable[int]]
 
+# Enough for a few transports that do not answer to be tried before one that does.
+PROBE_TIMEOUT_S = 15.0
+
 # What a peer needs to open a side transport's link: names and short texts, sent as JSON.
 Offer = Mapping[str, str]
 
@@ -69,8 +72,8 @@ class Transport(Protocol):
         """
         ...
 
-    async def probe(self, address: str, timeout_s: float = 5.0) -> float:
-        """A real test transfer to `address`; returns the seconds it took.
+    async def probe(self, address: str, timeout_s: float = PROBE_TIMEOUT_S) -> float:
+        """A real test transfer over the link to `address`; returns the seconds it took.
 
         Raises HandoffError when nobody answers in time or bytes come in changed.
         """

@@ -3,7 +3,7 @@
 import asyncio
 
 from common.faults import Faults
-from common.kv.transports.base import FrameHandler, Link, Transport
+from common.kv.transports.base import PROBE_TIMEOUT_S, FrameHandler, Link, Transport
 
 POINT = "handoff.send"
 
@@ -29,7 +29,7 @@ class FaultyTransport:
         self._links = {inner: faulty for inner, faulty in self._links.items() if not inner.closed}
         return self._links.setdefault(link, FaultyLink(link, self._faults))
 
-    async def probe(self, address: str, timeout_s: float = 5.0) -> float:
+    async def probe(self, address: str, timeout_s: float = PROBE_TIMEOUT_S) -> float:
         return await self._inner.probe(address, timeout_s)
 
     def take_events(self) -> dict[str, int]:

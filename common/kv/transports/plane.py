@@ -19,7 +19,13 @@ from dataclasses import dataclass, field
 import structlog
 
 from common.errors import ConfigError, HandoffError
-from common.kv.transports.base import FrameHandler, Link, Offer, SideTransport
+from common.kv.transports.base import (
+    PROBE_TIMEOUT_S,
+    FrameHandler,
+    Link,
+    Offer,
+    SideTransport,
+)
 from common.kv.transports.frames import MAX_ANSWER_BYTES, Tasks
 from common.kv.transports.shm import ShmTransport
 from common.kv.transports.shm import missing as shm_missing
@@ -34,8 +40,8 @@ SIDE_TRANSPORTS = {"shm": (ShmTransport, shm_missing), "ucx": (UcxTransport, ucx
 NAMES = (*SIDE_TRANSPORTS, "tcp")
 # A test transfer of PROBE_BYTES takes milliseconds; over a slow network a second.
 TEST_S = 3.0
-# A transport that loads a library for its first link takes a second or two.
-OPEN_S = 10.0
+# One that takes longer, as when it loads a library for its first link, is opened by a later try.
+OPEN_S = 2.0
 FIRST_PAUSE_S = 30.0
 LONGEST_PAUSE_S = 600.0
 MAX_PEERS = 512
@@ -143,15 +149,11 @@ class DataPlane:
                 self._tasks.spawn(self._climb(peer))
             return link
 
-    async def probe(self, address: str, timeout_s: float = 5.0) -> float:
-        """See Transport: by the transport that is chosen for the address."""
+    async def probe(self, address: str, timeout_s: float = PROBE_TIMEOUT_S) -> float:
+        """See Transport: over the link that data will take, chosen now when there is none."""
         started = time.monotonic()
-        peer = _Peer(address)
-        try:
-            async with within(timeout_s, address):
-                await self._choose(peer)
-        finally:
-            await self._close_sides(peer)
+        async with within(timeout_s, address):
+            await (await self.connect(address)).probe()
         return time.monotonic() - started
 
     async def _choose(self, peer: _Peer) -> Link:

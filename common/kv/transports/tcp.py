@@ -15,7 +15,7 @@ from typing import Any
 
 from common.errors import HandoffError
 from common.kv.budget import ByteBudget
-from common.kv.transports.base import FrameHandler
+from common.kv.transports.base import PROBE_TIMEOUT_S, FrameHandler
 from common.kv.transports.frames import (
     BODY_TIMEOUT_S,
     MAX_FRAME_BYTES,
@@ -87,7 +87,7 @@ class TcpTransport:
             _, link = self._links.popitem(last=False)
             await link.close()
 
-    async def probe(self, address: str, timeout_s: float = 5.0) -> float:
+    async def probe(self, address: str, timeout_s: float = PROBE_TIMEOUT_S) -> float:
         """See Transport."""
         started = time.monotonic()
         async with within(timeout_s, address):

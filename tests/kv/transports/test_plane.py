@@ -199,11 +199,25 @@ async def test_a_peer_killed_and_started_again_under_its_address_is_used_again()
     reborn.stop()
 
 
-async def test_a_test_transfer_leaves_no_link_behind():
+async def test_a_test_transfer_goes_over_the_link_that_data_takes():
     async with Ends(plane_of(), plane_of()) as ends:
         assert 0 < await ends.sender.probe(ends.address) < 5
-        assert ends.sender.links() == {}
-        await until(lambda: mappings() == 0, 1.0)
+        assert ends.sender.links() == {ends.address: "shm"}
+        link = await ends.sender.connect(ends.address)
+        assert await ends.sender.probe(ends.address) > 0
+        assert await ends.sender.connect(ends.address) is link
+        assert ends.inbox.frames == []
+
+
+async def test_a_transport_that_does_not_open_in_time_is_passed_over(monkeypatch):
+    class Slow(ShmTransport):
+        async def open(self, host, offer):
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(plane, "OPEN_S", 0.1)
+    async with Ends(plane_of(), plane_of(shm=Slow())) as ends:
+        assert await ends.send() == "tcp"
+        assert ends.sender.take_events() == {"transport_failed_shm": 1}
 
 
 async def test_many_who_ask_at_once_share_one_link():

@@ -265,11 +265,11 @@ def add_kv_scales(path, names=("k_scale", "v_scale"), layers=range(3)):
 # The wider head is one that compiled kernels take.
 @pytest.mark.parametrize(("spelling", "dim"), [*((name, 16) for name in KV_NAMES), ("k_scale", 32)])
 def test_kv_is_quantized_by_the_checkpoints_own_scales(tmp_path, spelling, dim):
-    source = zoo.make_checkpoint("llama", False, tmp_path / "source", head_dim=dim)
-    plan = published.publish(source, tmp_path / "model", "autofp8-static")
-    path = plan.path
+    path = zoo.make_checkpoint("llama", False, tmp_path / "model", head_dim=dim)
+    only_kv = compressed(CHANNEL, TOKEN, config_groups={}, kv_cache_scheme=STATIC)
+    edit_config(path, lambda raw: raw.update(quantization_config=only_kv))
     scales = add_kv_scales(path, KV_NAMES[spelling])
-    runner = make_runner(path, kv_dtype="fp8_e4m3")
+    runner = make_runner(path)
     got = prompt_logits(runner, PROMPT, shuffled_blocks(runner), [17, 43]).double().numpy()
     block = runner._cache.payload[0][shuffled_blocks(runner)[0]]
     assert block.float().abs().max() == 448  # some saturate
@@ -284,14 +284,13 @@ def test_kv_is_quantized_by_the_checkpoints_own_scales(tmp_path, spelling, dim):
         scale = float(np.float32(next(order)))
         return emulation.nearest_e4m3(x / scale) * scale
 
-    published.fuse_input_scales(plan)
     config = {**LLAMA, "head_dim": dim}
-    want = emulation.llama_logits(source, config, PROMPT, keep, plan.multiply)
+    want = emulation.llama_logits(path, config, PROMPT, keep)
+    # Values on the edge between two may fall either way, as everywhere.
     error = np.abs(got - want).max(1)
-    assert np.median(error) < 1e-2
-    assert (error < 1e-5).mean() > 0.1
-    dynamic = emulation.llama_logits(source, config, PROMPT, emulation.round_fp8, plan.multiply)
-    assert error.max() < np.abs(dynamic - want).max()
+    plain = emulation.llama_logits(path, config, PROMPT, lambda x: x)
+    assert (error < 1e-5).mean() > 0.4
+    assert error.max() < np.abs(plain - want).max() / 8
 
 
 def test_a_checkpoint_that_asks_for_fp8_kv_gets_it_unless_told_otherwise(made, tmp_path):

@@ -1,15 +1,27 @@
-"""The connectors of a worker, put together: the store first, then the handoff."""
-
-from collections.abc import Sequence
+"""The connectors of a worker, put together in the order in which they are asked."""
 
 from common.kv.connector import KVConnector
 from common.kv.connectors.chain import ChainConnector
+from common.kv.connectors.registry import ConnectorContext, make_connector, parse_connectors
 from common.kv.connectors.store import StoreConnector
 from common.rpc.loop import LoopThread
+from common.worker.settings import WorkerSettings
 from common.worker.timeline import NotedHandoff, TimedConnector
 
 
-def chain(stores: Sequence[str], handoff: KVConnector, loop: LoopThread) -> KVConnector:
-    """`stores` are host:port, none for a worker without a store; `loop` does their I/O."""
-    members: list[KVConnector] = [StoreConnector(stores, loop=loop)] if stores else []
-    return TimedConnector(ChainConnector([*members, NotedHandoff(handoff)]))
+def chain(
+    settings: WorkerSettings, role: str, handoff: KVConnector, loop: LoopThread
+) -> KVConnector:
+    """What --kv-connectors names; the store only where --kvstore names one. `loop` does their I/O.
+
+    Raises ConfigError for a connector that cannot be made.
+    """
+    members: list[KVConnector] = []
+    for name, argument in parse_connectors(settings.kv_connectors):
+        if name == "handoff":
+            members.append(NotedHandoff(handoff))
+        elif name != "store":
+            members.append(make_connector(name, ConnectorContext(role, argument, loop)))
+        elif settings.kvstore_addresses:
+            members.append(StoreConnector(settings.kvstore_addresses, loop=loop))
+    return TimedConnector(ChainConnector(members))

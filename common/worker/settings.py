@@ -6,6 +6,7 @@ from pydantic import ByteSize, Field, field_validator
 
 from common.engine.config import EngineConfig
 from common.errors import ConfigError
+from common.kv.connectors.registry import parse_connectors
 from common.kv.transports import NAMES, parse_names
 from common.rpc.discovery import own_address, parse_addresses
 from common.settings import ServiceSettings
@@ -24,6 +25,11 @@ class WorkerSettings(ServiceSettings):
         None, description="host that peers connect to; unset: this machine's own address"
     )
     kvstore: str = Field("", description="KV stores, host:port[,host:port]; empty: none")
+    kv_connectors: str = Field(
+        "store,handoff",
+        description="where KV is looked for, in this order: store, handoff and those of packages, "
+        "name[:argument]; see docs/connectors.md",
+    )
     transports: str = Field(
         ",".join(NAMES), description="ways that KV may take between workers, best first"
     )
@@ -58,6 +64,17 @@ class WorkerSettings(ServiceSettings):
     @classmethod
     def _check_addresses(cls, value: str) -> str:
         return checked_addresses(value)
+
+    @field_validator("kv_connectors")
+    @classmethod
+    def _check_connectors(cls, value: str) -> str:
+        try:
+            names = [name for name, _ in parse_connectors(value)]
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        if "handoff" not in names:
+            raise ValueError("handoff must be one of them: it is how prefill and decode meet")
+        return value
 
     @field_validator("transports")
     @classmethod

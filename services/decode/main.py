@@ -67,7 +67,7 @@ class DecodeApp:
         port = await self._server.start()
         log.info("listening", port=port)
         self._host.data_address = await self._listen()
-        connector = chain(self._config.kvstore_addresses, self._receiver, self._loop)
+        connector = chain(self._config, "decode", self._receiver, self._loop)
         await self._host.load(connector)
         await self._meet()
         self._host.serve()

@@ -40,7 +40,7 @@ class PrefillApp:
         self._host.data_links = self._sender.links
         meetings = Meetings(self._host.model_card, self._probe)
         self._host.describe_peers = meetings.describe
-        self._connector = chain(config.kvstore_addresses, self._sender, self._loop)
+        self._connector = chain(config, "prefill", self._sender, self._loop)
         self._server = RpcServer(config.host, config.port)
         self._server.add(
             WorkerStatusServicer(self._host.describe, self._tracing),

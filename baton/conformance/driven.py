@@ -1,0 +1,197 @@
+"""A worker without a model: the real scheduler and a connector over pages with known right bytes.
+
+The "KV" of a token is a function of the tokens up to and including it, of the tenant and of the
+fingerprint, so that every page can be checked against what it must hold: each step checks all that
+attention would read. Half of the heads of a layer are written only after the connector was told of
+the layer, as with two ranks.
+"""
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.engine.blocks import BlockManager
+from common.engine.limits import SchedulerConfig
+from common.engine.sampling_params import SamplingParams
+from common.engine.scheduler import Scheduler
+from common.engine.sequence import EngineRequest, RequestOutput, Sampled, Sequence, StepPlan
+from common.kv.connector import KVCaches, KVConnector
+from common.kv.layout import KVLayout
+
+BLOCK_SIZE = 16
+LAYOUT = KVLayout(
+    num_layers=3, num_kv_heads=2, head_dim=8, block_size=BLOCK_SIZE, kv_dtype="fp8_e4m3"
+)
+# K and V of each head: the bytes of a vector, and of its scale.
+VECTORS = 2 * LAYOUT.num_kv_heads
+VECTOR_BYTES, SCALE_BYTES = LAYOUT.head_dim, 4
+FINGERPRINT = b"fingerprint-of-1"
+VOCAB = 1000
+# How often a worker looks after its connector though nobody woke it.
+LOOK_S = 0.05
+
+Row = tuple[Sequence, int, int]
+
+
+def kv_of(token_ids: list[int], tenant: str = "", fingerprint: bytes = FINGERPRINT) -> np.ndarray:
+    """The right bytes of the last token's KV: [num_layers, VECTORS, VECTOR_BYTES + SCALE_BYTES]."""
+    tokens = b"".join(t.to_bytes(4, "little") for t in token_ids)
+    digest = hashlib.shake_128(tokens + fingerprint + tenant.encode())
+    row = np.frombuffer(digest.digest(LAYOUT.block_bytes // BLOCK_SIZE), np.uint8)
+    return row.reshape(LAYOUT.num_layers, VECTORS, -1)
+
+
+@dataclass
+class DrivenWorker:
+    """An engine's turn, driven by hand. Raises AssertionError when a step would read wrong KV.
+
+    step_tokens      most tokens of a step
+    computed_tokens  so far
+    on_turn          called after each turn
+    on_layer         called within a step after save_kv_layer
+    """
+
+    connector: KVConnector
+    num_blocks: int = 64
+    step_tokens: int = 64
+    fingerprint: bytes = FINGERPRINT
+    outputs: dict[str, list[RequestOutput]] = field(default_factory=dict)
+    computed_tokens: int = 0
+    on_turn: Callable[["DrivenWorker"], None] | None = None
+    on_layer: Callable[[int], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.cache = torch.zeros(self.num_blocks, LAYOUT.block_bytes, dtype=torch.uint8)
+        data, shape = self.cache.numpy(), (self.num_blocks, LAYOUT.num_layers, VECTORS, BLOCK_SIZE)
+        self.vectors = data[:, : LAYOUT.payload_bytes].reshape(*shape, VECTOR_BYTES)
+        self.scales = data[:, LAYOUT.payload_bytes :].reshape(*shape, SCALE_BYTES)
+        self.woken = threading.Event()
+        self.blocks = BlockManager(self.num_blocks)
+        config = SchedulerConfig(
+            block_size=BLOCK_SIZE,
+            max_model_len=4096,
+            vocab_size=VOCAB,
+            max_num_batched_tokens=self.step_tokens,
+            fingerprint=self.fingerprint,
+        )
+        self.connector.register_kv_caches(
+            KVCaches(self.cache, LAYOUT, self.fingerprint, self.woken.set)
+        )
+        self.scheduler = Scheduler(config, self.blocks, self.connector)
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: list[int],
+        *,
+        max_tokens: int = 1,
+        transfer: Any = None,
+        **fields: Any,
+    ) -> Sequence:
+        """Queue a request; `fields` are EngineRequest's."""
+        params = SamplingParams(temperature=0, max_tokens=max_tokens)
+        request = EngineRequest(request_id, prompt, params, transfer=transfer, **fields)
+        return self.scheduler.add(request, 0, time.monotonic())
+
+    def turn(self) -> StepPlan:
+        """One turn as the engine makes it."""
+        plan = self.scheduler.schedule(time.monotonic())
+        meta = self.connector.build_connector_meta(plan if plan.sequences else None)
+        self.connector.start_load_kv(meta)
+        if plan.sequences:
+            self._step(plan)
+        else:
+            self._keep(self.scheduler.take_outputs())
+        self.scheduler.check()
+        if self.on_turn is not None:
+            self.on_turn(self)
+        return plan
+
+    def _step(self, plan: StepPlan) -> None:
+        rows = list(zip(plan.sequences, plan.start, plan.scheduled, strict=True))
+        for layer in range(LAYOUT.num_layers):
+            self.connector.wait_for_layer_load(layer)
+            self._compute(rows, layer, range(VECTORS // 2))
+            self.connector.save_kv_layer(layer)
+            if self.on_layer is not None:
+                self.on_layer(layer)
+            self._compute(rows, layer, range(VECTORS // 2, VECTORS))
+        self.connector.wait_for_save()
+        failed = self.connector.get_block_ids_with_load_errors()
+        for sequence, start, count in rows:
+            self.computed_tokens += count
+            if not failed.intersection(sequence.block_table):
+                self._check_past(sequence, start)
+        self._keep(self.scheduler.update(plan, [Sampled(1)] * sum(plan.sampled), failed))
+
+    def run(self, request_id: str, seconds: float = 10.0, *, woken: bool = False) -> RequestOutput:
+        """Turns until the request ended; its last output.
+
+        woken  look after the connector only when it calls `wake`, as the engine does
+        """
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            outputs = self.outputs.get(request_id, [])
+            if outputs and outputs[-1].finish_reason is not None:
+                return outputs[-1]
+            if not self.turn().sequences:
+                self.woken.wait(seconds if woken else LOOK_S)
+                self.woken.clear()
+        raise AssertionError(f"{request_id} did not end within {seconds} s")
+
+    def turns_until(self, condition: Callable[[], object], seconds: float = 10.0) -> None:
+        """Turns until the condition is true; AssertionError after the deadline."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"not true within {seconds} s"
+            if not self.turn().sequences:
+                self.woken.wait(LOOK_S)
+                self.woken.clear()
+
+    def abort(self, request_id: str) -> None:
+        """End a request between two turns."""
+        self.scheduler.abort(request_id)
+        self._keep(self.scheduler.take_outputs())
+
+    def idle(self) -> bool:
+        """Nothing is held: no request, no block, no transfer."""
+        return (
+            self.scheduler.idle
+            and self.blocks.num_used == 0
+            and self.connector.open_handoffs() == 0
+        )
+
+    def row(self, block_table: list[int], position: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where a token's vectors are, and their scales: [num_layers, VECTORS, bytes] each."""
+        page, token = block_table[position // BLOCK_SIZE], position % BLOCK_SIZE
+        return self.vectors[page, :, :, token], self.scales[page, :, :, token]
+
+    def _keep(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            self.outputs.setdefault(output.request_id, []).append(output)
+
+    def _kv_of(self, sequence: Sequence, position: int) -> np.ndarray:
+        tokens = sequence.token_ids[: position + 1]
+        return kv_of(tokens, sequence.request.tenant, self.fingerprint)
+
+    def _compute(self, rows: list[Row], layer: int, vectors: range) -> None:
+        for sequence, start, count in rows:
+            for position in range(start, start + count):
+                found, scales = self.row(sequence.block_table, position)
+                right = self._kv_of(sequence, position)[layer, vectors]
+                found[layer, vectors] = right[:, :VECTOR_BYTES]
+                scales[layer, vectors] = right[:, VECTOR_BYTES:]
+
+    def _check_past(self, sequence: Sequence, length: int) -> None:
+        """What attention would read: every token before `length` has its right KV."""
+        for position in range(length):
+            found = np.concatenate(self.row(sequence.block_table, position), axis=2)
+            assert np.array_equal(found, self._kv_of(sequence, position)), (
+                f"{sequence.request_id}: wrong KV at position {position}"
+            )

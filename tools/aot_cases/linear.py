@@ -1,0 +1,60 @@
+"""The kernels around the matrices, at the shapes of Llama 3 8B."""
+
+from typing import Any
+
+from common.engine.kernels.triton import activation, norm, quantize
+from common.engine.kernels.triton.quantize import row_tiles
+from common.engine.weight import Activation
+from tools.aot import AotCase
+
+HIDDEN, INTERMEDIATE = 4096, 14336
+MODES = (None, Activation.TENSOR, Activation.TOKEN, Activation.GROUP)
+
+
+def _form(mode: Activation | None, block: int) -> dict[str, Any]:
+    """The arguments that say in which form a row is written."""
+    return {
+        "out": "*bf16" if mode is None else "*u8",
+        "scale": None if mode is None else "*fp32",
+        "scale_row": 0 if mode is None else 1,
+        "scale_column": 0 if mode is None else 64,
+        "MODE": "none" if mode is None else mode.value,
+        "BLOCK": block,
+        "NATIVE": True,
+    }
+
+
+def _norm(mode: Activation | None, delta: str | None) -> AotCase:
+    block, _, warps = row_tiles(HIDDEN, Activation.TOKEN)
+    args = {"x": "*bf16", "delta": delta, "weight": "*bf16", "eps": 1e-5, "d": HIDDEN, "heads": 1}
+    args |= {"x_token": HIDDEN, "x_head": 1} | _form(mode, block)
+    name = f"rms_norm {'add ' if delta else ''}{mode or 'bf16'}"
+    return AotCase(name, norm.rms_norm_kernel, args, {"num_warps": warps})
+
+
+def _silu(mode: Activation | None) -> AotCase:
+    block, _, warps = row_tiles(INTERMEDIATE, mode)
+    args = {"gate_up": "*bf16", "d": INTERMEDIATE} | _form(mode, block)
+    return AotCase(
+        f"silu_mul {mode or 'bf16'}", activation.silu_mul_kernel, args, {"num_warps": warps}
+    )
+
+
+def _rows(mode: Activation) -> AotCase:
+    block, _, warps = row_tiles(HIDDEN, mode)
+    args = {"x": "*bf16", "d": HIDDEN, "x_row": HIDDEN} | _form(mode, block)
+    return AotCase(f"quantize {mode}", quantize.quantize_rows_kernel, args, {"num_warps": warps})
+
+
+CASES: list[AotCase] = [
+    *(_norm(mode, delta) for mode in MODES for delta in (None, "*bf16")),
+    *(_silu(mode) for mode in MODES),
+    *(_rows(mode) for mode in MODES if mode is not None),
+    AotCase(
+        "quantize blocks",
+        quantize.quantize_blocks_kernel,
+        {"x": "*bf16", "out": "*u8", "scale": "*fp32", "rows": HIDDEN, "d": HIDDEN, "x_row": HIDDEN}
+        | {"EDGE": 128, "NATIVE": True},
+        {"num_warps": 8},
+    ),
+]

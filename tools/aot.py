@@ -33,7 +33,8 @@ class AotCase:
     """One kernel with one set of arguments.
 
     args         by parameter name: a pointer as its type ("*fp16"), taken to be aligned to 16
-                 bytes as torch's allocations are; anything else as an example value
+                 bytes as torch's allocations are, a descriptor as its type
+                 ("tensordesc<fp16[64, 64]>"); anything else as an example value
     options      num_warps, num_stages and what else the launcher passes
     spill_bytes  spilled stores and loads that are known and accepted, with the reason beside it
     """
@@ -63,7 +64,7 @@ def source(case: AotCase) -> ASTSource:
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, parameter in enumerate(case.kernel.params):
         value = case.args[parameter.name]
-        divisible = isinstance(value, str)
+        divisible = isinstance(value, str) and value.startswith("*")
         special = not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (special and value == 1):
             signature[parameter.name] = "constexpr"

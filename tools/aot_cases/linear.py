@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from common.engine.kernels.triton import activation, norm, quantize
+from common.engine.kernels.triton import activation, gemm, norm, quantize
 from common.engine.kernels.triton.quantize import row_tiles
 from common.engine.weight import Activation
 from tools.aot import AotCase
 
 HIDDEN, INTERMEDIATE = 4096, 14336
+MULTIPROCESSORS = 132  # of an H100 or H200
 MODES = (None, Activation.TENSOR, Activation.TOKEN, Activation.GROUP)
 
 
@@ -46,6 +47,30 @@ def _rows(mode: Activation) -> AotCase:
     return AotCase(f"quantize {mode}", quantize.quantize_rows_kernel, args, {"num_warps": warps})
 
 
+def _matmul(m: int, n: int, k: int, scales: str, invariant: bool = False) -> AotCase:
+    fp8 = scales != "none"
+    tiles = gemm.choose_tiles(m, n, k, fp8, MULTIPROCESSORS, invariant)
+    kind = "fp8e4nv" if fp8 else "bf16"
+    args = {
+        "x": f"tensordesc<{kind}[{tiles.m}, {tiles.k}]>",
+        "w": f"tensordesc<{kind}[{tiles.n}, {tiles.k}]>",
+        "out": "*bf16",
+        "bias": None,
+        "x_scale": "*fp32" if fp8 else None,
+        "w_scale": "*fp32" if fp8 else None,
+        "partial": "*fp32",
+        "arrived": "*i32",
+        **{"m": m, "n": n, "k": k},
+        **{"xs_row": 1, "xs_column": m, "ws_row": k // 128, "ws_column": 1},
+        **{"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k, "SPLIT": tiles.split},
+        **{"SCALES": scales, "W_GROUP": 128 if scales == "blocks" else 1},
+        **{"FP8": fp8, "SWAP": tiles.swap},
+    }
+    name = f"matmul {m}x{n}x{k} {scales}{' invariant' if invariant else ''}"
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    return AotCase(name, gemm.matmul_kernel, args, options)
+
+
 CASES: list[AotCase] = [
     *(_norm(mode, delta) for mode in MODES for delta in (None, "*bf16")),
     *(_silu(mode) for mode in MODES),
@@ -57,4 +82,10 @@ CASES: list[AotCase] = [
         | {"EDGE": 128, "NATIVE": True},
         {"num_warps": 8},
     ),
+    *(
+        _matmul(m, n, k, scales)
+        for scales in ("none", "rows", "blocks")
+        for m, n, k in ((16, 4096, 14336), (64, 28672, 4096), (128, 6144, 4096), (8192, 6144, 4096))
+    ),
+    *(_matmul(64, 4096, 4096, scales, invariant=True) for scales in ("none", "rows", "blocks")),
 ]

@@ -98,21 +98,23 @@ def multiply(
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for block in tl.range(first, last):
+        if SCALES == "blocks":
+            # Asked for before the product, so that they arrive during it.
+            at_row = x_scale + rows * xs_row + block * xs_column
+            by_row = tl.load(at_row, mask=rows < m, other=0.0)
+            if W_GROUP >= BLOCK_N:
+                by_column = tl.load(w_scale + column // W_GROUP * ws_row + block * ws_column)
+            else:
+                at_column = w_scale + columns // W_GROUP * ws_row + block * ws_column
+                by_column = tl.load(at_column, mask=columns < n, other=0.0)
+                by_column = by_column[:, None] if SWAP else by_column[None, :]
+            by_row = by_row[None, :] if SWAP else by_row[:, None]
         left = x.load([row, block * BLOCK_K])
         right = w.load([column, block * BLOCK_K])
         if FP8:
             part = tl.dot(right, left.T) if SWAP else tl.dot(left, right.T)
             if SCALES == "blocks":
-                by_row = tl.load(
-                    x_scale + rows * xs_row + block * xs_column, mask=rows < m, other=0.0
-                )
-                if W_GROUP >= BLOCK_N:
-                    part *= tl.load(w_scale + column // W_GROUP * ws_row + block * ws_column)
-                else:
-                    at = w_scale + columns // W_GROUP * ws_row + block * ws_column
-                    by_column = tl.load(at, mask=columns < n, other=0.0)
-                    part *= by_column[:, None] if SWAP else by_column[None, :]
-                part *= by_row[None, :] if SWAP else by_row[:, None]
+                part *= by_row * by_column
             acc += part
         else:
             acc = tl.dot(right, left.T, acc) if SWAP else tl.dot(left, right.T, acc)

@@ -151,7 +151,7 @@ def matmul_kernel(
     blocks = tl.cdiv(k, BLOCK_K)
     each = tl.cdiv(blocks, SPLIT)
     work = tiles_m * tl.cdiv(n, BLOCK_N) * SPLIT
-    for item in tl.range(tl.program_id(0), work, tl.num_programs(0)):
+    for item in tl.range(tl.program_id(0), work, tl.num_programs(0), flatten=SPLIT == 1):
         tile, share = item // SPLIT, item % SPLIT
         # All tokens of some weights first: weights leave the L2 cache once.
         row, column = tile % tiles_m * BLOCK_M, tile // tiles_m * BLOCK_N

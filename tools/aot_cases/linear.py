@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from common.engine.kernels.triton import activation, gemm, norm, quantize
+from common.engine.kernels.triton import activation, gemm, norm, quantize, sampling
 from common.engine.kernels.triton.quantize import row_tiles
 from common.engine.weight import Activation
 from tools.aot import AotCase
@@ -71,6 +71,39 @@ def _matmul(m: int, n: int, k: int, scales: str, invariant: bool = False) -> Aot
     return AotCase(name, gemm.matmul_kernel, args, options)
 
 
+def _sampling() -> list[AotCase]:
+    vocab, rows = 128256, 64
+    chunks = -(-vocab // sampling.CHUNK)
+    sizes = {"CHUNK": sampling.CHUNK, "CHUNKS": 64, "chunks": chunks, "n": rows, "vocab": vocab}
+    pointers = dict.fromkeys(("reals", "totals", "before", "after", "old", "new", "parts"), "*fp64")
+    pointers |= dict.fromkeys(("keys", "whole", "cut", "kept", "tokens", "drawn", "rank"), "*i64")
+    pointers |= {"state": "*fp64", "counts": "*fp64", "logits": "*fp32", "peaks": "*i64"}
+    common = sizes | pointers | {"row_stride": vocab, "shift": 20, "SLICE": sampling.SLICE}
+    searches = [
+        {"SEARCH": search, "PASS": step, "FIRST": step == 1, "COUNTED": search == "top_k"}
+        for search, step in (("top_k", 0), ("top_k", 2), ("top_p", 1), ("draw", 1), ("draw", 2))
+    ]
+    kernels = [
+        (sampling.peak_kernel, {}, 4),
+        (sampling.begin_kernel, {}, 1),
+        *((sampling.narrow_kernel, search, 8) for search in searches),
+        *(
+            (sampling.settle_kernel, search, 1)
+            for search in (searches[0], searches[2], searches[3])
+        ),
+        (sampling.pick_kernel, {}, 4),
+    ]
+    return [
+        AotCase(
+            " ".join([kernel.__name__, search.get("SEARCH", ""), str(search.get("PASS", ""))]),
+            kernel,
+            common | search,
+            {"num_warps": warps},
+        )
+        for kernel, search, warps in kernels
+    ]
+
+
 CASES: list[AotCase] = [
     *(_norm(mode, delta) for mode in MODES for delta in (None, "*bf16")),
     *(_silu(mode) for mode in MODES),
@@ -88,4 +121,5 @@ CASES: list[AotCase] = [
         for m, n, k in ((16, 4096, 14336), (64, 28672, 4096), (128, 6144, 4096), (8192, 6144, 4096))
     ),
     *(_matmul(64, 4096, 4096, scales, invariant=True) for scales in ("none", "rows", "blocks")),
+    *_sampling(),
 ]

@@ -1,0 +1,91 @@
+"""The device sampler against the sampler that sorts (itself tested against plain Python)."""
+
+import random
+
+import pytest
+import torch
+
+from common.engine.kernels.triton import sampling
+from common.engine.kernels.triton.sampling import UNUSABLE, SamplingRows, sample
+from common.engine.sampler import Sampler
+from common.engine.sampling_params import SamplingParams
+
+CPU = torch.device("cpu")
+
+
+def tokens_of(logits, params, seeds, positions):
+    rows = SamplingRows.of(params, seeds, positions, logits.shape[1], CPU)
+    return sample(logits, rows).tolist()
+
+
+def logits_of(rows, vocab, seed=0, scale=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, vocab, generator=generator) * scale
+
+
+KINDS = [
+    SamplingParams(temperature=0),
+    SamplingParams(temperature=1),
+    SamplingParams(temperature=1e-6),
+    SamplingParams(temperature=2, top_k=5),
+    SamplingParams(temperature=1.5, top_p=0.7),
+    SamplingParams(temperature=1.2, min_p=0.1),
+    SamplingParams(temperature=1.3, top_k=20, top_p=0.9, min_p=0.02),
+    SamplingParams(temperature=1, top_k=1),
+    SamplingParams(temperature=1, top_p=1e-9),
+    SamplingParams(temperature=1, min_p=1),
+]
+
+
+# The interpreter takes some 10 ms for each row and pass, hence few rows.
+@pytest.mark.parametrize("ties", [False, True])
+def test_tokens_are_those_of_the_sampler_that_sorts(ties):
+    count = len(KINDS)
+    logits = logits_of(count, 50)
+    if ties:
+        logits = logits.round()
+    seeds = [2**63 + 7 * row for row in range(count)]
+    positions = [3 * row for row in range(count)]
+    expected = Sampler().sample(logits, KINDS, seeds, positions)
+    assert tokens_of(logits, KINDS, seeds, positions) == expected
+
+
+def test_rows_over_several_chunks_are_as_the_sampler_that_sorts(monkeypatch):
+    monkeypatch.setattr(sampling, "CHUNK", 64)
+    rng = random.Random(1)
+    count = 6
+    logits = (logits_of(count, 150, seed=2) * 2).round() / 2
+    logits[5, :120] = -torch.inf
+    params = [SamplingParams(temperature=1 + 0.2 * i, top_k=5 + 20 * i) for i in range(count)]
+    seeds = [rng.getrandbits(64) for _ in range(count)]
+    positions = [rng.randrange(2**33) for _ in range(count)]
+    expected = Sampler().sample(logits, params, seeds, positions)
+    assert tokens_of(logits, params, seeds, positions) == expected
+
+
+def test_the_first_of_equally_likely_tokens_is_the_greedy_one(monkeypatch):
+    monkeypatch.setattr(sampling, "CHUNK", 16)
+    logits = torch.zeros(2, 40)
+    logits[0, 7] = -0.0
+    logits[1, 19] = logits[1, 33] = 2.5
+    assert tokens_of(logits, [SamplingParams(temperature=0)] * 2, [0, 0], [0, 0]) == [0, 19]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_row_that_is_not_finite_spoils_no_other(bad, temperature):
+    logits = logits_of(4, 50)
+    params = [SamplingParams(temperature=temperature)] * 4
+    good = tokens_of(logits, params, [1, 2, 3, 4], [5, 6, 7, 8])
+    logits[2, 10] = bad
+    logits[3] = -torch.inf
+    assert tokens_of(logits, params, [1, 2, 3, 4], [5, 6, 7, 8]) == [*good[:2], UNUSABLE, UNUSABLE]
+
+
+def test_logits_are_not_written_and_may_be_rows_of_a_wider_tensor():
+    wide = logits_of(2, 80)
+    before, logits = wide.clone(), wide[:, :50]
+    params = [SamplingParams(temperature=1)] * 2
+    expected = Sampler().sample(logits, params, [1, 2], [4, 5])
+    assert tokens_of(logits, params, [1, 2], [4, 5]) == expected
+    assert torch.equal(wide, before)

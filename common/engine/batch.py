@@ -16,6 +16,8 @@ class Batch:
     context_len   num_sequences ints          tokens to attend to, those of this step included
     block_table   [num_sequences, max_blocks] int32, -1 past the end
     logit_rows    [num_logits]                int64, rows of token_ids whose logits are wanted
+    device_context_len  context_len as [num_sequences] int32 on the device, where it stays put from
+                        step to step (a CUDA graph's): context_len then are upper bounds
     """
 
     token_ids: torch.Tensor
@@ -25,3 +27,4 @@ class Batch:
     context_len: tuple[int, ...]
     block_table: torch.Tensor
     logit_rows: torch.Tensor
+    device_context_len: torch.Tensor | None = None

@@ -12,7 +12,7 @@ from common.errors import CheckpointError, ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16")
 KV_DTYPES = ("auto", "float32", "bf16", "fp8_e4m3")
-KERNELS = ("auto", "reference", "cpu")
+KERNELS = ("auto", "reference", "cpu", "triton")
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 
@@ -277,8 +277,8 @@ class EngineConfig:
     max_waiting             requests that may wait; more are refused
     prefix_caching          reuse the KV of equal prefixes
     device                  a torch device
-    kernels                 auto | reference | cpu: which implementation of the model's operations;
-                            auto takes the fastest that is exact on this machine
+    kernels                 auto | reference | cpu | triton: which implementation of the model's
+                            operations; auto takes the fastest that is exact on this machine
     threads                 torch threads; None: torch's own choice
     tensor_parallel         processes that compute each step together, the engine's own among them;
                             they share the threads

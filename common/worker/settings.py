@@ -51,7 +51,9 @@ class WorkerSettings(ServiceSettings):
     max_waiting: int = Field(256, description="requests that may wait; more are refused")
     prefix_caching: bool = Field(True, description="reuse the KV of equal prefixes")
     device: str = Field("cpu", description="torch device")
-    kernels: str = Field("auto", description="auto, reference or cpu: the kernels of the model")
+    kernels: str = Field(
+        "auto", description="auto, reference, cpu or triton: the kernels of the model"
+    )
     threads: int | None = Field(None, description="torch threads; unset: torch's own choice")
     faults: str = Field(
         "", description="faults on purpose, for tests of failures; see docs/reliability.md"

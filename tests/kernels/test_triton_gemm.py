@@ -6,7 +6,7 @@ import torch
 from common.engine.kernels.triton import gemm
 from common.engine.kernels.triton.gemm import Workspace, choose_tiles, matmul
 from common.engine.kernels.triton.quantize import quantize, quantize_blocks
-from common.engine.weight import Activation
+from common.engine.quantization.scheme import Activation
 from common.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def assert_close(actual, expected, k):
 @pytest.mark.parametrize(("n", "k"), [(64, 64), (200, 136), (70, 1032)])
 def test_float_products_are_float64s(m, n, k):
     x, weight, bias = random(m, k).half(), random(n, k, seed=1).half(), random(n).half()
-    out = matmul(x, weight, make_workspace(), bias=bias, dtype=torch.float16)
+    out = matmul(x, weight, make_workspace(), bias=bias)
     assert_close(out, x.double() @ weight.double().T + bias.double(), k)
 
 
@@ -58,10 +58,10 @@ def test_float_products_are_float64s(m, n, k):
 @pytest.mark.parametrize(("n", "k"), [(64, 128), (200, 400)])
 @pytest.mark.parametrize("activation", [Activation.TOKEN, Activation.TENSOR])
 def test_products_with_a_scale_a_row_and_a_token_are_float64s(m, n, k, activation):
-    x = quantize(random(m, k), activation, torch.tensor(0.01))
+    x = quantize(random(m, k).half(), activation, torch.tensor(0.01))
     weight, scale = quantize_rows(random(n, k, seed=1))
     bias = random(n, seed=2).half()
-    out = matmul(x, weight, make_workspace(), scale=scale, bias=bias, dtype=torch.float16)
+    out = matmul(x, weight, make_workspace(), scale=scale, bias=bias)
     assert_close(out, exact(x, weight, scale, bias), k)
 
 
@@ -72,7 +72,7 @@ def test_products_with_a_scale_a_block_and_a_group_are_float64s(m, n, k):
     size = torch.exp(random(k, seed=3)) * torch.exp(random(n, 1, seed=4))
     x = quantize(random(m, k) * torch.exp(random(m, 1, seed=5)), Activation.GROUP)
     weight, scale = quantize_blocks(random(n, k, seed=1) * size)
-    out = matmul(x, weight, make_workspace(), scale=scale, dtype=torch.float32)
+    out = matmul(x, weight, make_workspace(), scale=scale)
     assert_close(out, exact(x, weight, scale), k)
 
 
@@ -81,19 +81,19 @@ def test_scales_of_rows_and_of_groups_mix(forms):
     x = quantize(random(3, 400), Activation.GROUP if forms == "row-group" else Activation.TOKEN)
     weight = random(200, 400, seed=1)
     weight, scale = quantize_rows(weight) if forms == "row-group" else quantize_blocks(weight)
-    out = matmul(x, weight, make_workspace(), scale=scale, dtype=torch.float32)
+    out = matmul(x, weight, make_workspace(), scale=scale)
     assert_close(out, exact(x, weight, scale), 400)
 
 
 def test_programs_that_share_a_tile_leave_the_workspace_as_they_found_it():
     workspace = make_workspace(8)
     assert choose_tiles(3, 96, 2048, True, 8, False).split == 4
-    x = quantize(random(3, 2048), Activation.TOKEN)
+    x = quantize(random(3, 2048).half(), Activation.TOKEN)
     weight, scale = quantize_rows(random(96, 2048, seed=1))
-    first = matmul(x, weight, workspace, scale=scale, dtype=torch.float16)
+    first = matmul(x, weight, workspace, scale=scale)
     assert_close(first, exact(x, weight, scale), 2048)
     assert not workspace.arrived.any()
-    assert torch.equal(matmul(x, weight, workspace, scale=scale, dtype=torch.float16), first)
+    assert torch.equal(matmul(x, weight, workspace, scale=scale), first)
 
 
 def test_the_shared_tiles_of_every_shape_fit_the_workspace():
@@ -113,9 +113,9 @@ def test_batch_invariant_rows_are_bitwise_the_same_whatever_comes_with_them():
     x = random(130, 272).half()
     weight = random(96, 272, seed=1).half()
     workspace = make_workspace()
-    together = matmul(x, weight, workspace, dtype=torch.float16, batch_invariant=True)
+    together = matmul(x, weight, workspace, batch_invariant=True)
     for rows in (slice(0, 1), slice(0, 20), slice(64, 130)):
-        alone = matmul(x[rows], weight, workspace, dtype=torch.float16, batch_invariant=True)
+        alone = matmul(x[rows], weight, workspace, batch_invariant=True)
         assert torch.equal(alone, together[rows])
 
 

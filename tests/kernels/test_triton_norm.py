@@ -5,7 +5,7 @@ import torch
 
 from common.engine.kernels.triton.activation import silu_mul
 from common.engine.kernels.triton.norm import rms_norm
-from common.engine.weight import Activation
+from common.engine.quantization.scheme import Activation
 from tests.kernels.test_triton_quantize import assert_same, random_rows
 
 EPS = 1e-5

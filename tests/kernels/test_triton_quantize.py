@@ -5,7 +5,7 @@ import torch
 
 from common.engine.kernels.reference import quantize_fp8
 from common.engine.kernels.triton.quantize import GROUP, quantize, quantize_blocks, row_tiles
-from common.engine.weight import Activation
+from common.engine.quantization.scheme import Activation
 from common.errors import ConfigError
 
 SHAPES = [(1, 64), (3, 128), (5, 200), (2, 4100), (7, 96)]
@@ -35,9 +35,6 @@ def expected(x, activation, input_scale=None):
     if activation is Activation.GROUP:
         values, scale = quantize_fp8(groups_of(x))
         return values.view(n, -1)[:, :d].contiguous().view(torch.uint8), scale
-    if activation is Activation.DYNAMIC_TENSOR:
-        values, scale = quantize_fp8(x.reshape(1, -1))
-        return values.view(n, d).view(torch.uint8), scale.expand(n).view(n, 1)
     values = (x.float() / input_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
     return values.view(torch.uint8), input_scale.expand(n, 1)
 

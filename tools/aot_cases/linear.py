@@ -4,7 +4,7 @@ from typing import Any
 
 from common.engine.kernels.triton import activation, gemm, norm, quantize, sampling
 from common.engine.kernels.triton.quantize import row_tiles
-from common.engine.weight import Activation
+from common.engine.quantization.scheme import Activation
 from tools.aot import AotCase
 
 HIDDEN, INTERMEDIATE = 4096, 14336

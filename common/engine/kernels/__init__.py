@@ -81,6 +81,8 @@ def select_ops(device: torch.device, kernels: str) -> Ops:
 
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device is {str(device)!r}; set it to cpu or cuda")
+    if kernels == "triton" or (kernels == "auto" and device.type == "cuda"):
+        return _triton_ops(device)
     if kernels == "reference" or device.type != "cpu":
         return ReferenceOps()
     trouble = cpu_kernels_trouble()
@@ -100,4 +102,33 @@ def cpu_kernels_trouble() -> str | None:
         return "Numba is not installed (pip install 'baton[worker]')"
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return "this CPU has no AVX2"
+    return None
+
+
+def _triton_ops(device: torch.device) -> Ops:
+    """For a GPU, or a CPU under Triton's interpreter. Never the reference instead: on a GPU it is
+    so slow that this must be somebody's choice."""
+    trouble = triton_kernels_trouble(device)
+    if trouble is not None:
+        raise ConfigError(
+            f"the Triton kernels cannot run on device {str(device)!r}: {trouble}; set kernels to "
+            "reference"
+        )
+    from common.engine.kernels.triton.ops import TritonOps
+
+    return TritonOps(device, multiprocessors=1 if device.type == "cpu" else None)
+
+
+def triton_kernels_trouble(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on this device; None: they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install 'baton[triton]')"
+    from common.engine.kernels.triton.fp8 import NATIVE_FP8
+
+    if device.type != "cuda":
+        return "it is no GPU" if NATIVE_FP8 else None
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 9:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {major}.{minor}, they need 9.0 (Hopper)"
     return None

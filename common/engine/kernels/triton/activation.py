@@ -12,7 +12,7 @@ from common.engine.kernels.triton.quantize import (
     row_tiles,
     store_row,
 )
-from common.engine.weight import Activation
+from common.engine.quantization.scheme import Activation
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def silu_mul(
     if activation is None:
         result = out = torch.empty(n, d, dtype=gate_up.dtype, device=gate_up.device)
     else:
-        result = empty_quantized(n, d, activation, input_scale, gate_up.device)
+        result = empty_quantized(n, d, activation, input_scale, gate_up)
         out, scale, strides = result.values.view(torch.uint8), result.scale, result.scale.stride()
     if n:
         silu_mul_kernel[(n, programs)](

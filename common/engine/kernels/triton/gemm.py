@@ -188,12 +188,12 @@ def matmul(
     *,
     scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.bfloat16,
     batch_invariant: bool = False,
 ) -> torch.Tensor:
-    """x [m, k] times the transpose of weight [n, k] -> [m, n] of `dtype`; float32 accumulation.
+    """x [m, k] times the transpose of weight [n, k] -> [m, n] of x's dtype; float32
+    accumulation.
 
-    x       float16 or bfloat16, or Quantized with an e4m3 weight
+    x       contiguous, float16 or bfloat16, or Quantized with an e4m3 weight
     weight  contiguous, of x's dtype, rows of a multiple of 16 bytes (TMA's alignment)
     scale   of an e4m3 weight: float32 [n, 1], or [n / 128, k / 128] rounded up
     bias    [n]
@@ -207,7 +207,7 @@ def matmul(
             f"a matrix has rows of {k} {weight.dtype} elements; TMA reads multiples of 16 bytes, "
             "use kernels=reference for this model"
         )
-    out = torch.empty(m, n, dtype=dtype, device=weight.device)
+    out = torch.empty(m, n, dtype=x.dtype, device=weight.device)
     if m == 0:
         return out
     tiles = choose_tiles(m, n, k, fp8, workspace.multiprocessors, batch_invariant)

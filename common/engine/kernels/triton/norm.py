@@ -7,13 +7,12 @@ import triton.language as tl
 
 from common.engine.kernels.triton.fp8 import NATIVE_FP8
 from common.engine.kernels.triton.quantize import (
-    MAX_ROW,
     Quantized,
     empty_quantized,
+    row_tiles,
     store_row,
 )
-from common.engine.weight import Activation
-from common.errors import ConfigError
+from common.engine.quantization.scheme import Activation
 
 
 @triton.jit
@@ -57,22 +56,18 @@ def rms_norm(
     A row is one program, in float32; nothing depends on the number of rows.
     """
     d, heads = x.shape[-1], x.shape[1] if x.dim() == 3 else 1
-    if d > MAX_ROW:
-        raise ConfigError(
-            f"a row has {d} elements; the kernels take up to {MAX_ROW}, use reference"
-        )
-    block = max(128, triton.next_power_of_2(d))
+    block, _, warps = row_tiles(d, Activation.TOKEN)
     scale, strides = None, (0, 0)
     if activation is None:
         result = out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     else:
-        result = empty_quantized(len(x), d, activation, input_scale, x.device)
+        result = empty_quantized(len(x), d, activation, input_scale, x)
         out, scale, strides = result.values.view(torch.uint8), result.scale, result.scale.stride()
     rows = len(x) * heads
     if rows:
         rms_norm_kernel[(rows,)](
             x, delta, weight, out, scale, eps, d, heads, x.stride(0), x.stride(1), *strides,
             MODE="none" if activation is None else activation.value,
-            BLOCK=block, NATIVE=NATIVE_FP8, num_warps=min(16, max(1, block // 1024)),
+            BLOCK=block, NATIVE=NATIVE_FP8, num_warps=warps,
         )  # fmt: skip
     return result

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 
 from common.engine.kernels.triton.fp8 import NATIVE_FP8, fp8_scale, quantize_e4m3
-from common.engine.weight import Activation
+from common.engine.quantization.scheme import BLOCK as GROUP
+from common.engine.quantization.scheme import Activation
 from common.errors import ConfigError
 
-GROUP = 128
 # A row in one program: 16 warps of 64 elements a thread.
 MAX_ROW = 32768
 
@@ -25,10 +25,12 @@ class Quantized:
 
     values  [n, d]                                  float8_e4m3fn, contiguous
     scale   [n, 1], or [n, d / 128] for each group  float32, any strides
+    dtype   of x, and of what it is multiplied to
     """
 
     values: torch.Tensor
     scale: torch.Tensor
+    dtype: torch.dtype
 
 
 @triton.jit
@@ -95,15 +97,10 @@ def quantize(
 ) -> Quantized:
     """x [n, d], a float dtype, contiguous rows -> its rows quantized the way a matrix wants them.
 
-    activation   TENSOR: by `input_scale` (float32 [], on the device). DYNAMIC_TENSOR: by one scale
-                 of all rows. TOKEN: one for each row. GROUP: one for each row and 128 columns
+    activation   TENSOR: by `input_scale` (float32 [], on the device). TOKEN: a scale for each row.
+                 GROUP: for each row and 128 columns
     """
-    if activation is Activation.DYNAMIC_TENSOR:
-        # amax in torch: exact in any dtype, and the one step that needs all rows.
-        limit = torch.finfo(torch.float32).max
-        input_scale = x.abs().amax().float().clamp(max=limit) / 448
-        activation = Activation.TENSOR
-    out = empty_quantized(x.shape[0], x.shape[1], activation, input_scale, x.device)
+    out = empty_quantized(x.shape[0], x.shape[1], activation, input_scale, x)
     block, programs, warps = row_tiles(x.shape[1], activation)
     if x.shape[0]:
         quantize_rows_kernel[(x.shape[0], programs)](
@@ -129,28 +126,27 @@ def quantize_blocks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def empty_quantized(
-    n: int,
-    d: int,
-    activation: Activation,
-    input_scale: torch.Tensor | None,
-    device: torch.device,
+    n: int, d: int, activation: Activation, input_scale: torch.Tensor | None, like: torch.Tensor
 ) -> Quantized:
-    """Room for n quantized rows; for TENSOR with the scale in place, for all rows the same."""
-    values = torch.empty(n, d, dtype=torch.float8_e4m3fn, device=device)
+    """Room for n quantized rows of what is `like`; TENSOR's one scale is in place."""
+    values = torch.empty(n, d, dtype=torch.float8_e4m3fn, device=like.device)
     if activation is Activation.TENSOR:
-        return Quantized(values, input_scale.expand(n, 1))
+        return Quantized(values, input_scale.expand(n, 1), like.dtype)
     groups = triton.cdiv(d, GROUP) if activation is Activation.GROUP else 1
     # Tokens innermost: a tile of the GEMM reads the scales of its tokens side by side.
-    return Quantized(values, torch.empty(groups, n, dtype=torch.float32, device=device).t())
+    scale = torch.empty(groups, n, dtype=torch.float32, device=like.device).t()
+    return Quantized(values, scale, like.dtype)
 
 
 def row_tiles(d: int, activation: Activation | None) -> tuple[int, int, int]:
     """Columns in a program, programs in a row, warps in a program. Only what needs the whole row
     gets it in one program; none of it depends on the number of rows."""
-    if d > MAX_ROW:
+    block = max(GROUP, triton.next_power_of_2(d))
+    if activation is not Activation.TOKEN:
+        block = min(block, 4096)
+    elif d > MAX_ROW:
         raise ConfigError(
-            f"a row has {d} elements; the kernels take up to {MAX_ROW}, use reference"
+            f"a row has {d} elements; the Triton kernels take up to {MAX_ROW} where a row has one "
+            "scale: set kernels to reference"
         )
-    whole = max(GROUP, triton.next_power_of_2(d))
-    block = whole if activation is Activation.TOKEN else min(whole, 4096)
     return block, triton.cdiv(d, block), min(16, max(1, block // 1024))

@@ -1,0 +1,192 @@
+"""A model step on a GPU: Triton kernels, and cuBLAS where it is the faster product."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from common.engine.batch import Batch
+from common.engine.cache import KVCache
+from common.engine.kernels import Linear
+from common.engine.kernels.triton.activation import silu_mul
+from common.engine.kernels.triton.decode_attention import decode_attention
+from common.engine.kernels.triton.gemm import Workspace, matmul
+from common.engine.kernels.triton.kv_write import write_kv
+from common.engine.kernels.triton.norm import rms_norm
+from common.engine.kernels.triton.prefill_attention import prefill_attention
+from common.engine.kernels.triton.quantize import Quantized, quantize
+from common.engine.weight import Weight
+
+# Tokens from which cuBLAS multiplies e4m3 matrices with a scale for each row.
+CUBLAS_TOKENS = 65
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """context_len [sequences] and query_start [sequences - decoding + 1] int32: of the step's
+    sequences, and of those after the first `decoding`, which have one query each."""
+
+    batch: Batch
+    context_len: torch.Tensor
+    query_start: torch.Tensor
+    decoding: int
+    max_context: int
+    rope: tuple[torch.Tensor, torch.Tensor]
+    windows: tuple[int | None, ...]
+
+
+class TritonLinear:
+    """Multiplies by one matrix; takes rows as they are, or Quantized by what came before."""
+
+    def __init__(
+        self, weight: Weight, bias: torch.Tensor | None, workspace: Workspace, batch_invariant: bool
+    ) -> None:
+        self.weight = weight
+        self.bias = bias
+        self._workspace = workspace
+        self._batch_invariant = batch_invariant
+        out, width = weight.values.shape
+        rows = weight.scale is not None and weight.scale.shape == (out, 1)
+        self._cublas = (
+            rows and weight.values.is_cuda and not batch_invariant and not (out % 16 or width % 16)
+        )
+
+    def __call__(self, x: torch.Tensor | Quantized) -> torch.Tensor:
+        weight = self.weight
+        if weight.activation is None:
+            # A float32 sum of tensor cores' would not be float32.
+            if not self._batch_invariant or x.dtype == torch.float32:
+                return F.linear(x, weight.values, self.bias)
+            return self._multiply(x)
+        if not isinstance(x, Quantized):
+            x = quantize(x, weight.activation, weight.input_scale)
+        if self._cublas and len(x.values) >= CUBLAS_TOKENS and x.dtype == torch.bfloat16:
+            return torch._scaled_mm(
+                x.values,
+                weight.values.t(),
+                scale_a=x.scale.contiguous(),
+                scale_b=weight.scale.t(),
+                bias=self.bias,
+                out_dtype=x.dtype,
+            )
+        return self._multiply(x)
+
+    def _multiply(self, x: torch.Tensor | Quantized) -> torch.Tensor:
+        return matmul(
+            x,
+            self.weight.values,
+            self._workspace,
+            scale=self.weight.scale,
+            bias=self.bias,
+            batch_invariant=self._batch_invariant,
+        )
+
+
+class TritonOps:
+    """See `Ops`.
+
+    batch_invariant  a row's result is bitwise the same whatever else is in the step: one tile for
+                     every number of tokens, and one attention for a prompt and for decoding
+
+    No method waits for the device. Nothing but `prepare` copies to it.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        batch_invariant: bool = False,
+        multiprocessors: int | None = None,
+    ) -> None:
+        self._workspace = Workspace.on(device, multiprocessors)
+        self._batch_invariant = batch_invariant
+
+    def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
+        return TritonLinear(weight, bias, self._workspace, self._batch_invariant)
+
+    def prepare(
+        self,
+        batch: Batch,
+        cache: KVCache,
+        num_heads: int,
+        windows: tuple[int | None, ...],
+        rope: tuple[torch.Tensor, torch.Tensor],
+    ) -> Step:
+        starts = batch.query_start
+        decoding = 0
+        if not self._batch_invariant:
+            while decoding < len(batch.context_len) and starts[decoding + 1] == decoding + 1:
+                decoding += 1
+        device = batch.token_ids.device
+        context_len = batch.device_context_len
+        if context_len is None:
+            context_len = copy_to(device, batch.context_len)
+        rest = [start - decoding for start in starts[decoding:]]
+        return Step(
+            batch=batch,
+            context_len=context_len,
+            # A step that only decodes may be part of a CUDA graph: nothing is copied for it.
+            query_start=copy_to(device, rest) if len(rest) > 1 else context_len,
+            decoding=decoding,
+            max_context=max(batch.context_len[:decoding], default=0),
+            rope=rope,
+            windows=windows,
+        )
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return rms_norm(x, weight, eps)
+
+    def add_norm(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        into: Linear,
+    ) -> tuple[torch.Tensor, torch.Tensor | Quantized]:
+        return x, rms_norm(x, weight, eps, delta=delta, **_form(into))
+
+    def silu_mul(self, gate_up: torch.Tensor, into: Linear) -> torch.Tensor | Quantized:
+        return silu_mul(gate_up, **_form(into))
+
+    def write_kv(self, qkv: torch.Tensor, cache: KVCache, layer: int, step: Step) -> torch.Tensor:
+        return write_kv(
+            qkv,
+            step.rope,
+            step.batch.positions,
+            step.batch.slot_mapping,
+            cache.payload[layer],
+            None if cache.scales is None else cache.scales[layer],
+        )
+
+    def attention(self, q: torch.Tensor, cache: KVCache, layer: int, step: Step) -> torch.Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        pages = cache.payload[layer], None if cache.scales is None else cache.scales[layer]
+        table, count = step.batch.block_table, step.decoding
+        how = {"scale": q.shape[-1] ** -0.5, "window": step.windows[layer]}
+        if count:
+            decode_attention(
+                q[:count], *pages, table[:count], step.context_len[:count], step.max_context,
+                out=out[:count], **how,
+            )  # fmt: skip
+        if count < len(table):
+            prefill_attention(
+                q[count:], *pages, table[count:], step.query_start, step.context_len[count:],
+                out=out[count:], **how,
+            )  # fmt: skip
+        return out
+
+
+def _form(into: Linear) -> dict[str, object]:
+    """How a Linear wants its rows; one that is none of ours quantizes for itself."""
+    if not isinstance(into, TritonLinear) or into.weight.activation is None:
+        return {}
+    return {"activation": into.weight.activation, "input_scale": into.weight.input_scale}
+
+
+def copy_to(device: torch.device, values: list[int] | tuple[int, ...]) -> torch.Tensor:
+    """int32 on the device; does not wait for it."""
+    tensor = torch.tensor(values, dtype=torch.int32)
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -89,6 +89,7 @@ class LLM:
         seed: int | None = None,
         device: str = "cpu",
         kernels: str = "auto",
+        async_scheduling: bool | None = None,
         threads: int | None = None,
         tensor_parallel_size: int = 1,
     ) -> None:
@@ -108,6 +109,7 @@ class LLM:
             prefix_caching=enable_prefix_caching,
             device=device,
             kernels=kernels,
+            async_scheduling=async_scheduling,
             threads=threads,
             tensor_parallel=tensor_parallel_size,
         )

@@ -279,6 +279,8 @@ class EngineConfig:
     device                  a torch device
     kernels                 auto | reference | cpu | triton: which implementation of the model's
                             operations; auto takes the fastest that is exact on this machine
+    async_scheduling        prepare the next step while this one runs, where no request's penalties
+                            or connector need its tokens first; None: on a GPU
     threads                 torch threads; None: torch's own choice
     tensor_parallel         processes that compute each step together, the engine's own among them;
                             they share the threads
@@ -300,6 +302,7 @@ class EngineConfig:
     prefix_caching: bool = True
     device: str = "cpu"
     kernels: str = "auto"
+    async_scheduling: bool | None = None
     threads: int | None = None
     tensor_parallel: int = 1
 
@@ -322,6 +325,10 @@ class EngineConfig:
         if self.threads is not None:
             _check_int("threads", self.threads, 1, 1024)
         _check_int("tensor_parallel", self.tensor_parallel, 1, 64)
+        if self.async_scheduling not in (None, True, False):
+            raise ConfigError(
+                f"async_scheduling is {self.async_scheduling!r}; set it to true or false"
+            )
         if not isinstance(self.prefix_caching, bool):
             raise ConfigError(f"prefix_caching is {self.prefix_caching!r}; set it to true or false")
 

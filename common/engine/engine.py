@@ -21,10 +21,10 @@ from common.engine.blocks import BlockManager
 from common.engine.config import EngineConfig
 from common.engine.limits import SchedulerConfig, length_limit
 from common.engine.logprobs import prompt_logprobs
-from common.engine.runner import ModelRunner
-from common.engine.sampler import Sampler
+from common.engine.runner import ModelRunner, take_tokens
+from common.engine.sampler import Draw, Sampler
 from common.engine.scheduler import Scheduler
-from common.engine.sequence import EngineRequest, Phase, RequestOutput, Sampled, StepPlan
+from common.engine.sequence import EngineRequest, Phase, RequestOutput, Sequence, StepPlan
 from common.errors import BatonError, InvalidRequest, Overloaded, Unavailable
 from common.kv.connector import KVCaches, KVConnector
 
@@ -73,6 +73,20 @@ class _Abort:
     error: BatonError | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that was started: its results may not be there yet.
+
+    sampled        the sequences that get a token, in the order of `draw`'s
+    prompt_logits  [rows of plan.prompt_rows, vocab]
+    """
+
+    plan: StepPlan
+    prompt_logits: torch.Tensor
+    sampled: list[Sequence]
+    draw: Draw | None
+
+
 class Engine:
     """Loads a model in the constructor (seconds) and serves it from a thread of its own.
 
@@ -99,9 +113,12 @@ class Engine:
             BlockManager(self.runner.num_blocks, prefix_caching=config.prefix_caching),
             self._connector,
         )
-        self._sampler = Sampler(self.runner.model_config.eos_token_ids)
+        self._sampler = Sampler(self.runner.model_config.eos_token_ids, self.runner.choose)
         self._thread: threading.Thread | None = None
         self._failures = 0
+        # A connector may name blocks by their tokens before these are known.
+        self._ahead = self.runner.steps_ahead and connector is None
+        self._flight: _Flight | None = None
         self._connector_counters: Counter[str] = Counter()
         # Shared between threads: all below, under the condition's lock.
         self._condition = threading.Condition()
@@ -267,35 +284,59 @@ class Engine:
         if self.failure.done():
             self._end_all(self.failure.result())
             return False
+        flight, self._flight = self._flight, None
         plan: StepPlan | None = None
+        outputs: list[RequestOutput] = []
         try:
             plan = self._scheduler.schedule(time.monotonic())
-            outputs = self._step(plan)
+            started = self._launch(plan, flight)
+            if flight is not None:
+                outputs += self._land(flight)
+            if started is not None and self._may_go_on(plan):
+                self._scheduler.assume(plan)
+                self._flight = started
+            elif started is not None:
+                outputs += self._land(started)
+            outputs += self._scheduler.take_outputs()
             if plan.sequences:
                 self._failures = 0
         except Exception as error:
             # The worker must outlive one bad step: its requests end with the error.
-            self._on_failure(plan, error)
-            outputs = self._scheduler.take_outputs()
+            self._on_failure([p for p in (flight and flight.plan, plan) if p], error)
+            outputs += self._scheduler.take_outputs()
         self._connector_counters.update(self._guard(self._connector.take_events) or {})
         self._tell(outputs)
-        return bool(outputs) or (plan is not None and bool(plan.sequences))
+        return bool(outputs) or bool(plan and plan.sequences)
 
-    def _step(self, plan: StepPlan) -> list[RequestOutput]:
+    def _launch(self, plan: StepPlan, flight: _Flight | None) -> _Flight | None:
+        """Start a step; `flight` is the one before it where that is not done. None: no step."""
         connector = self._connector
         if not plan.sequences:
             connector.start_load_kv(connector.build_connector_meta(None))
-            return self._scheduler.take_outputs()
+            return None
         connector.start_load_kv(connector.build_connector_meta(plan))
-        logits = self.runner.forward(self.runner.build_batch(plan), connector)
+        batch = self.runner.build_batch(plan)
+        if flight is not None and flight.draw is not None:
+            take_tokens(batch, plan, flight.sampled, flight.draw.tokens)
+        logits = self.runner.forward(batch, connector)
         connector.wait_for_save()
-        failed = connector.get_block_ids_with_load_errors()
-        told = prompt_logprobs(logits[sum(plan.sampled) :], plan)
-        return self._scheduler.update(plan, self._sample(plan, logits), failed, told)
+        sampled = [s for s, wanted in zip(plan.sequences, plan.sampled, strict=True) if wanted]
+        draw = self._sampler.draw(logits[: len(sampled)], sampled) if sampled else None
+        return _Flight(plan, logits[len(sampled) :], sampled, draw)
 
-    def _sample(self, plan: StepPlan, logits: torch.Tensor) -> list[Sampled]:
-        sequences = [s for s, sampled in zip(plan.sequences, plan.sampled, strict=True) if sampled]
-        return self._sampler.sample(logits[: len(sequences)], sequences) if sequences else []
+    def _land(self, flight: _Flight) -> list[RequestOutput]:
+        """Wait for a step and take what it gave."""
+        failed = self._connector.get_block_ids_with_load_errors()
+        told = prompt_logprobs(flight.prompt_logits, flight.plan)
+        results = [] if flight.draw is None else flight.draw.results()
+        return self._scheduler.update(flight.plan, results, failed, told)
+
+    def _may_go_on(self, plan: StepPlan) -> bool:
+        """Whether the next step can be prepared without knowing this one's tokens."""
+        if not self._ahead or plan.loading or any(plan.prompt_rows):
+            return False
+        pairs = zip(plan.sequences, plan.sampled, strict=True)
+        return not any(wanted and s.request.params.processed for s, wanted in pairs)
 
     def _tell(self, outputs: list[RequestOutput]) -> None:
         """Publish the state and the outputs, in this order: who hears of an end finds it there."""
@@ -326,12 +367,12 @@ class Engine:
 
     # Failures ------------------------------------------------------------------------------
 
-    def _on_failure(self, plan: StepPlan | None, error: Exception) -> None:
+    def _on_failure(self, plans: list[StepPlan], error: Exception) -> None:
         self._failures += 1
         self._scheduler.counters["step_failures"] += 1
         log.exception(
             "step_failed",
-            requests=len(plan.sequences) if plan else None,
+            requests=[len(plan.sequences) for plan in plans],
             failures_in_a_row=self._failures,
         )
         # What broke is in the log; internals are no caller's business.
@@ -339,8 +380,9 @@ class Engine:
         if not isinstance(error, BatonError):
             told = BatonError("a step of the engine failed; the worker's log says why")
             told.__cause__ = error
-        if plan is not None and plan.sequences:
-            self._end([s.request_id for s in plan.sequences if s.phase is not Phase.FINISHED], told)
+        sequences = dict.fromkeys(s for plan in plans for s in plan.sequences)
+        if sequences:
+            self._end([s.request_id for s in sequences if s.phase is not Phase.FINISHED], told)
         else:  # nothing says whose fault it was
             self._end(self._scheduler.request_ids(), told)
 

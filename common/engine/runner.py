@@ -12,14 +12,17 @@ from common.engine.batch import Batch
 from common.engine.cache import KVCache, shared_memory
 from common.engine.checkpoint import Checkpoint
 from common.engine.config import EngineConfig, ModelConfig
+from common.engine.graphs import DecodeGraphs, StaticBatch, bucket_sizes, warm_up
 from common.engine.kernels import select_ops
+from common.engine.kernels.reference import ReferenceOps
 from common.engine.models import load_model
 from common.engine.parallel.group import Group
 from common.engine.parallel.ranks import Ranks
 from common.engine.parallel.shard import Shard
 from common.engine.quantization.read import read_kv_scales
 from common.engine.quantization.scheme import on_load
-from common.engine.sequence import StepPlan
+from common.engine.sampler import Choose
+from common.engine.sequence import UNKNOWN_TOKEN, Sequence, StepPlan
 from common.errors import BatonError, ConfigError
 from common.kv.connector import KVConnector
 from common.kv.layout import LAYOUT_VERSION, KVLayout
@@ -97,11 +100,12 @@ class ModelRunner:
 
     def _load(self, dtype: torch.dtype) -> None:
         model = self.model_config
+        self._ops = select_ops(self.device, self.config.kernels)
         with Checkpoint(self.config.model) as checkpoint:
             self._model = load_model(
                 model,
                 checkpoint,
-                select_ops(self.device, self.config.kernels),
+                self._ops,
                 max_len=self.max_model_len,
                 dtype=dtype,
                 device=self.device,
@@ -121,6 +125,35 @@ class ModelRunner:
             fd=self._place.cache_fd if self._place else None,
         )
         self.cache = self._cache.data
+        self._graphs = self._capture() if self.device.type == "cuda" else None
+
+    @torch.inference_mode()
+    def _capture(self) -> DecodeGraphs | None:
+        """Compiles all kernels, and makes graphs of decoding. The reference has none: its attention
+        looks at the lengths of the sequences."""
+        if isinstance(self._ops, ReferenceOps):
+            return None
+        config, layout = self.config, self.layout
+
+        def forward(batch: Batch) -> torch.Tensor:
+            return self._model.forward(batch, self._cache, None)
+
+        most_tokens = min(config.max_num_batched_tokens, self.max_model_len)
+        warm_up(forward, most_tokens, layout.block_size, self.device)
+        width = layout.blocks_for(self.max_model_len)
+        static = StaticBatch(config.max_num_seqs, width, self.max_model_len, self.device)
+        return DecodeGraphs(forward, static, bucket_sizes(config.max_num_seqs))
+
+    @property
+    def choose(self) -> Choose | None:
+        """The backend's way to choose tokens where the logits are, if it has one."""
+        return getattr(self._ops, "choose", None)
+
+    @property
+    def steps_ahead(self) -> bool:
+        """Whether the next step is prepared while this one runs."""
+        wanted = self.config.async_scheduling
+        return self.device.type == "cuda" if wanted is None else wanted
 
     def connect(self) -> None:
         """Meet the other ranks, when all have loaded; before the first step."""
@@ -147,6 +180,8 @@ class ModelRunner:
         if not self.shard.writes_kv:
             # Another rank writes the head that this one shares.
             batch = replace(batch, slot_mapping=torch.zeros_like(batch.slot_mapping))
+        if self._graphs is not None and self._graphs.room_for(batch):
+            return self._replay(batch, connector)
         if self._ranks is None:
             return self._model.forward(batch, self._cache, connector)
         if connector is not None:
@@ -156,6 +191,15 @@ class ModelRunner:
         self._ranks.send(batch)
         with self._ranks.explained("rank 0 broke off a step"):
             return self._model.forward(batch, self._cache, connector)
+
+    def _replay(self, batch: Batch, connector: KVConnector | None) -> torch.Tensor:
+        layers = range(self.layout.num_layers) if connector is not None else ()
+        for layer in layers:
+            connector.wait_for_layer_load(layer)
+        logits = self._graphs.run(batch)
+        for layer in layers:
+            connector.save_kv_layer(layer)
+        return logits
 
     def build_batch(self, plan: StepPlan) -> Batch:
         """The tensors of a plan; logit rows in the order of its sampled sequences, then those
@@ -187,16 +231,42 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
         logit_rows += [first + position - start for position in rows]
     width = max(map(len, tables), default=0)
     padded = [table + [-1] * (width - len(table)) for table in tables]
-    whole = torch.tensor([token_ids, positions, slots], dtype=torch.int64, device=device)
+    whole = _move(torch.tensor([token_ids, positions, slots], dtype=torch.int64), device)
     return Batch(
         token_ids=whole[0],
         positions=whole[1],
         slot_mapping=whole[2],
         query_start=tuple(query_start),
         context_len=tuple(context_len),
-        block_table=torch.tensor(padded, dtype=torch.int32, device=device),
-        logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+        block_table=_move(torch.tensor(padded, dtype=torch.int32), device),
+        logit_rows=_move(torch.tensor(logit_rows, dtype=torch.int64), device),
     )
+
+
+def take_tokens(
+    batch: Batch, plan: StepPlan, sampled: list[Sequence], tokens: torch.Tensor
+) -> None:
+    """Put tokens of the step before, which only the device knows, into a batch built without them.
+
+    sampled, tokens  the sequences of that step, and int64 [n] what it chose for them
+    """
+    source = {sequence: row for row, sequence in enumerate(sampled)}
+    pairs = [
+        (batch.query_start[i + 1] - 1, source[sequence])
+        for i, sequence in enumerate(plan.sequences)
+        if sequence.token_ids[-1] == UNKNOWN_TOKEN
+    ]
+    if pairs:
+        rows, sources = _move(torch.tensor(pairs).t().contiguous(), batch.token_ids.device)
+        # A sequence that got no token ends; until that is known its row needs some token.
+        batch.token_ids[rows] = tokens[sources].clamp_(min=0)
+
+
+def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To the device, without waiting for what it does."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def model_config(config: EngineConfig) -> ModelConfig:

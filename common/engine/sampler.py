@@ -7,6 +7,7 @@ goes on with the same tokens.
 """
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+NO_TOKEN = -1
 
 # Logits that are worked on at a time, and tokens that top-k and top-p look at before all of them.
 CHUNK = 2**19
@@ -55,16 +57,21 @@ def uniform(seed: int, position: int) -> float:
     return ((high << 32 | low) >> 11) * 2.0**-53
 
 
+# logits [n, vocab], parameters, seeds and positions -> tokens int64 [n], -1 where there is none.
+Choose = Callable[[torch.Tensor, Seq[SamplingParams], Seq[int], Seq[int]], torch.Tensor]
+
+
 class Sampler:
     """Stateless but for what it keeps in `Sequence.logit_state`; one serves any number of batches.
 
     eos_token_ids  the model's: not chosen before min_tokens
+    choose         chooses on the logits' device without waiting for it; None: what is below does
     """
 
-    def __init__(self, eos_token_ids: Seq[int] = ()) -> None:
+    def __init__(self, eos_token_ids: Seq[int] = (), choose: Choose | None = None) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
+        self._choose_there = choose
 
-    @torch.inference_mode()
     def sample(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled]:
         """One token per row, or the error that says why there is none: logits that are NaN or
         +inf, or no possible token. A row says nothing about the others.
@@ -72,17 +79,70 @@ class Sampler:
         logits     [n, vocab]  float32, written
         sequences  n           how to choose, and what was chosen so far
         """
+        return self.draw(logits, sequences).results()
+
+    @torch.inference_mode()
+    def draw(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> "Draw":
+        """As `sample`, whose results the device may still be computing."""
         # One max per row finds NaN and +inf (both win) and a row of -inf.
-        given = logits.amax(dim=-1).tolist()
+        given = logits.amax(dim=-1)
         raw = _RawLogprobs(logits, sequences)
         changed = process(logits, sequences, self._eos_token_ids)
-        left = logits.amax(dim=-1).tolist() if changed else given
-        tokens = _choose(logits, sequences, [math.isfinite(top) for top in left])
-        told = raw.of(tokens)
+        if self._choose_there is None:
+            left = (logits.amax(dim=-1) if changed else given).tolist()
+            chosen = _choose(logits, sequences, [math.isfinite(top) for top in left])
+            found = [NO_TOKEN if token is None else token for token in chosen]
+            tokens = torch.tensor(found, device=logits.device)
+        else:
+            tokens = self._choose_there(
+                logits,
+                [sequence.request.params for sequence in sequences],
+                [sequence.seed for sequence in sequences],
+                [len(sequence.token_ids) for sequence in sequences],
+            )
+        return Draw(tokens, sequences, given, raw)
+
+
+class Draw:
+    """Tokens that are being chosen.
+
+    tokens  int64 [n], where they are chosen; -1 for a row without a token
+    """
+
+    def __init__(
+        self,
+        tokens: torch.Tensor,
+        sequences: Seq[Sequence],
+        given: torch.Tensor,
+        raw: "_RawLogprobs",
+    ) -> None:
+        self.tokens = tokens
+        self._sequences = sequences
+        self._given = given
+        self._raw = raw
+        self._copy, self._copied = tokens, None
+        # Later the sequences may be longer.
+        self._positions = [len(sequence.token_ids) for sequence in sequences]
+        if tokens.is_cuda:
+            self._copy = torch.empty(len(tokens), dtype=tokens.dtype, pin_memory=True)
+            self._copy.copy_(tokens, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    @torch.inference_mode()
+    def results(self) -> list[Sampled]:
+        """One a row, when they are there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        tokens = [None if token == NO_TOKEN else token for token in self._copy.tolist()]
+        given = self._given.tolist() if None in tokens else []
+        told = self._raw.of(tokens)
         return [
             Sampled(token, told.get(row))
             if token is not None
-            else Sampled(None, error=_unusable(sequences[row], given[row]))
+            else Sampled(
+                None, error=_unusable(self._sequences[row], self._positions[row], given[row])
+            )
             for row, token in enumerate(tokens)
         ]
 
@@ -104,9 +164,8 @@ class _RawLogprobs:
         return dict(zip(self._rows, describe(self._logprobs, chosen, self._top), strict=True))
 
 
-def _unusable(sequence: Sequence, top: float) -> BatonError:
+def _unusable(sequence: Sequence, position: int, top: float) -> BatonError:
     """Why a row has no token; `top` is the largest of its logits before they were processed."""
-    position = len(sequence.token_ids)
     if not math.isfinite(top):
         return unusable_logits(position)
     params = sequence.request.params

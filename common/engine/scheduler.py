@@ -22,6 +22,7 @@ from common.engine.limits import SchedulerConfig, length_limit
 from common.engine.prefix import PrefixCache
 from common.engine.prompt_rows import prompt_rows, within_rows
 from common.engine.sequence import (
+    UNKNOWN_TOKEN,
     EngineRequest,
     Phase,
     RequestOutput,
@@ -90,6 +91,7 @@ class Scheduler:
         self._outputs: list[RequestOutput] = []
         self._order = itertools.count()
         self._step = 0
+        self._assumed: StepPlan | None = None
 
     # What the outside asks -----------------------------------------------------------------
 
@@ -210,6 +212,23 @@ class Scheduler:
             loading=frozenset(self._loading_now),
         )
 
+    def assume(self, plan: StepPlan) -> None:
+        """Count a step that is under way as done, so that the next one can be planned meanwhile.
+
+        Its sampled tokens are UNKNOWN_TOKEN until its `update`, which must come before the next
+        plan's. Not for plans with loads or prompt rows: what they lead to is known only later.
+        """
+        self._assumed = plan
+        for sequence, count, sampled in zip(
+            plan.sequences, plan.scheduled, plan.sampled, strict=True
+        ):
+            if sequence.phase is Phase.FINISHED:
+                continue
+            sequence.scheduled = 0
+            sequence.computed += count
+            if sampled:
+                sequence.token_ids.append(UNKNOWN_TOKEN)
+
     def update(
         self,
         plan: StepPlan,
@@ -230,10 +249,13 @@ class Scheduler:
             plan.sequences, plan.scheduled, plan.sampled, strict=True
         ):
             result = next(results) if wanted else None
-            sequence.scheduled = 0
-            if sequence in spoiled:
+            if plan is not self._assumed:
+                sequence.scheduled = 0
+            # One that ended while the step ran was told of already.
+            if sequence in spoiled or sequence.phase is Phase.FINISHED:
                 continue
-            sequence.computed += count
+            if plan is not self._assumed:
+                sequence.computed += count
             self._prefixes.register(sequence)
             told = prompt_logprobs.get(sequence, ())
             if isinstance(told, Exception):
@@ -246,6 +268,8 @@ class Scheduler:
                 self._outputs.append(RequestOutput.of(sequence, None, prompt_logprobs=told))
             elif sequence.request.prefill_tokens is not None:
                 self._finish_if_prefilled(sequence)
+        if plan is self._assumed:
+            self._assumed = None
         return self.take_outputs()
 
     def take_outputs(self) -> list[RequestOutput]:
@@ -263,7 +287,7 @@ class Scheduler:
         for sequence in itertools.chain(decoding, prefilling):
             count = min(budget, sequence.target - sequence.computed)
             count = within_rows(sequence, sequence.computed, count, planned)
-            if count <= 0 or sequence.phase is not Phase.RUNNING:
+            if count <= 0 or sequence.phase is not Phase.RUNNING or _is_full(sequence):
                 continue
             if self._grow(sequence, sequence.computed + count, planned):
                 planned[sequence] = count
@@ -460,6 +484,7 @@ class Scheduler:
         if token is None:
             self._finish(sequence, RequestOutput.of(sequence, "error", result.error))
             return
+        _drop_unknown(sequence)
         sequence.token_ids.append(token)
         self.counters["generated_tokens"] += 1
         reason = self._finish_reason(sequence, token)
@@ -483,6 +508,7 @@ class Scheduler:
         """Take a sequence out of wherever it is, with its last output; its blocks go when no
         connector reads them."""
         request_id = sequence.request_id
+        _drop_unknown(sequence)
         for queue in (self._running, self._waiting):
             if sequence in queue:
                 queue.remove(sequence)
@@ -519,3 +545,13 @@ class Scheduler:
 
 def _order(sequence: Seq) -> int:
     return sequence.order
+
+
+def _is_full(sequence: Seq) -> bool:
+    """Whether its last token, not known yet, is the last that it may have."""
+    return sequence.token_ids[-1] == UNKNOWN_TOKEN and len(sequence.token_ids) >= sequence.max_len
+
+
+def _drop_unknown(sequence: Seq) -> None:
+    if sequence.token_ids[-1] == UNKNOWN_TOKEN:
+        sequence.token_ids.pop()

@@ -39,6 +39,10 @@ class EngineRequest:
     output_tokens: int = 0
 
 
+# Stands for the last token of a sequence while a step that was counted as done still chooses it.
+UNKNOWN_TOKEN = -1
+
+
 class Phase(enum.Enum):
     """Where a sequence is. Everything else follows from its counters."""
 

@@ -4,13 +4,25 @@ import random
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from common.engine.kernels.triton import sampling
 from common.engine.kernels.triton.sampling import UNUSABLE, SamplingRows, sample
-from common.engine.sampler import Sampler
+from common.engine.sampler import Sampler, uniform
 from common.engine.sampling_params import SamplingParams
+from tests.engine.rows import row
 
 CPU = torch.device("cpu")
+
+
+def expected_tokens(logits, params, seeds, positions):
+    """Of the sampler that sorts. A position is all it reads of a sequence's tokens."""
+    rows = [
+        row(p, prompt=range(position), seed=seed)
+        for p, seed, position in zip(params, seeds, positions, strict=True)
+    ]
+    return [sampled.token for sampled in Sampler().sample(logits.clone(), rows)]
 
 
 def tokens_of(logits, params, seeds, positions):
@@ -46,7 +58,7 @@ def test_tokens_are_those_of_the_sampler_that_sorts(ties):
         logits = logits.round()
     seeds = [2**63 + 7 * row for row in range(count)]
     positions = [3 * row for row in range(count)]
-    expected = Sampler().sample(logits, KINDS, seeds, positions)
+    expected = expected_tokens(logits, KINDS, seeds, positions)
     assert tokens_of(logits, KINDS, seeds, positions) == expected
 
 
@@ -58,8 +70,8 @@ def test_rows_over_several_chunks_are_as_the_sampler_that_sorts(monkeypatch):
     logits[5, :120] = -torch.inf
     params = [SamplingParams(temperature=1 + 0.2 * i, top_k=5 + 20 * i) for i in range(count)]
     seeds = [rng.getrandbits(64) for _ in range(count)]
-    positions = [rng.randrange(2**33) for _ in range(count)]
-    expected = Sampler().sample(logits, params, seeds, positions)
+    positions = [rng.randrange(2**12) for _ in range(count)]
+    expected = expected_tokens(logits, params, seeds, positions)
     assert tokens_of(logits, params, seeds, positions) == expected
 
 
@@ -82,10 +94,22 @@ def test_a_row_that_is_not_finite_spoils_no_other(bad, temperature):
     assert tokens_of(logits, params, [1, 2, 3, 4], [5, 6, 7, 8]) == [*good[:2], UNUSABLE, UNUSABLE]
 
 
+def test_the_random_number_of_any_seed_and_position_is_the_samplers():
+    @triton.jit
+    def draw_kernel(seed, position, out):
+        tl.store(out, sampling.uniform_of(tl.load(seed), tl.load(position)))
+
+    for seed, position in ((0, 0), (2**64 - 1, 2**33 + 5), (2**63, 1), (12345678901234567, 99)):
+        out = torch.zeros(1, dtype=torch.float64)
+        signed = torch.tensor([seed - 2**64 if seed >= 2**63 else seed])
+        draw_kernel[(1,)](signed, torch.tensor([position]), out)
+        assert out.item() == uniform(seed, position)
+
+
 def test_logits_are_not_written_and_may_be_rows_of_a_wider_tensor():
     wide = logits_of(2, 80)
     before, logits = wide.clone(), wide[:, :50]
     params = [SamplingParams(temperature=1)] * 2
-    expected = Sampler().sample(logits, params, [1, 2], [4, 5])
+    expected = expected_tokens(logits, params, [1, 2], [4, 5])
     assert tokens_of(logits, params, [1, 2], [4, 5]) == expected
     assert torch.equal(wide, before)

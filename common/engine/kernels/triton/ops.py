@@ -1,5 +1,6 @@
 """A model step on a GPU: Triton kernels, and cuBLAS where it is the faster product."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from common.engine.kernels.triton.kv_write import write_kv
 from common.engine.kernels.triton.norm import rms_norm
 from common.engine.kernels.triton.prefill_attention import prefill_attention
 from common.engine.kernels.triton.quantize import Quantized, quantize
+from common.engine.kernels.triton.sampling import SamplingRows, sample
+from common.engine.sampling_params import SamplingParams
 from common.engine.weight import Weight
 
 # Tokens from which cuBLAS multiplies e4m3 matrices with a scale for each row.
@@ -175,6 +178,17 @@ class TritonOps:
                 out=out[count:], **how,
             )  # fmt: skip
         return out
+
+    def choose(
+        self,
+        logits: torch.Tensor,
+        params: Sequence[SamplingParams],
+        seeds: Sequence[int],
+        positions: Sequence[int],
+    ) -> torch.Tensor:
+        """As `Sampler` chooses tokens: int64 [n], -1 where there is none."""
+        rows = SamplingRows.of(params, seeds, positions, logits.shape[1], logits.device)
+        return sample(logits, rows)
 
 
 def _form(into: Linear) -> dict[str, object]:

@@ -20,6 +20,7 @@ help:
 	@echo "make protos  regenerate baton/v1 from protos/baton/v1"
 	@echo "make bench   benchmark the endpoint that runs (make up)"
 	@echo "make chaos   disturb a mesh under load (ARGS=\"--faults 500\"), needs root"
+	@echo "make gpu-check  check and measure the kernels on this machine's NVIDIA GPU"
 	@echo "make clean   remove $(VENV) and caches"
 	@echo "Variables: ARGS=\"--decode 2\", PYTHON=python3.12, VENV=.venv, EXTRAS=dev,ucx"
 
@@ -61,6 +62,10 @@ chaos: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/serving.py $(ARGS)
+
+# With the python3 and the packages that the machine has: nothing is installed or fetched.
+gpu-check:
+	@python3 -m benchmarks.gpu_check $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

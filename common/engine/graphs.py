@@ -102,7 +102,7 @@ class DecodeGraphs:
 def warm_up(forward: Forward, most_tokens: int, block_size: int, device: torch.device) -> None:
     """Runs prompts of lengths that between them use every kernel, so that none is compiled while
     somebody waits. Their KV goes to the null block."""
-    lengths = [length for length in (1, 17, 33, 65, 129, 1024) if length < most_tokens]
+    lengths = [length for length in (1, 17, 33, 65, 129, 257, 1024) if length < most_tokens]
     for length in [*lengths, most_tokens]:
         zeros = torch.zeros(length, dtype=torch.int64, device=device)
         table = torch.full((1, -(-length // block_size)), NULL_BLOCK, dtype=torch.int32)

@@ -140,6 +140,7 @@ class ModelRunner:
 
         most_tokens = min(config.max_num_batched_tokens, self.max_model_len)
         warm_up(forward, most_tokens, layout.block_size, self.device)
+        self._ops.warm_up(self.model_config.vocab_size)
         width = layout.blocks_for(self.max_model_len)
         static = StaticBatch(config.max_num_seqs, width, self.max_model_len, self.device)
         return DecodeGraphs(forward, static, bucket_sizes(config.max_num_seqs))

@@ -35,39 +35,34 @@ def logits_of(rows, vocab, seed=0, scale=3.0):
     return torch.randn(rows, vocab, generator=generator) * scale
 
 
-KINDS = [
-    SamplingParams(temperature=0),
-    SamplingParams(temperature=1),
-    SamplingParams(temperature=1e-6),
-    SamplingParams(temperature=2, top_k=5),
-    SamplingParams(temperature=1.5, top_p=0.7),
-    SamplingParams(temperature=1.2, min_p=0.1),
-    SamplingParams(temperature=1.3, top_k=20, top_p=0.9, min_p=0.02),
-    SamplingParams(temperature=1, top_k=1),
-    SamplingParams(temperature=1, top_p=1e-9),
-    SamplingParams(temperature=1, min_p=1),
-]
-
-
-# The interpreter takes some 10 ms for each row and pass, hence few rows.
-@pytest.mark.parametrize("ties", [False, True])
-def test_tokens_are_those_of_the_sampler_that_sorts(ties):
-    count = len(KINDS)
-    logits = logits_of(count, 50)
-    if ties:
-        logits = logits.round()
+# The interpreter takes some 10 ms for each row, pass and filter that any row has: few rows a call.
+@pytest.mark.parametrize(
+    "params",
+    [
+        [{}, {"temperature": 1e-6}, {"temperature": 1.2, "min_p": 0.1}, {"min_p": 1}],
+        [{"temperature": 2, "top_k": 5}, {"top_k": 1}],
+        [{"temperature": 1.5, "top_p": 0.7}, {"top_p": 1e-9}],
+        [{"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.02}, {"temperature": 0}],
+    ],
+    ids=["plain", "top_k", "top_p", "all"],
+)
+def test_tokens_are_those_of_the_sampler_that_sorts(params):
+    params = [SamplingParams(**{"temperature": 1, **settings}) for settings in params]
+    count = len(params)
+    # Few different values: rows have ties at the cut and at the token drawn.
+    logits = (logits_of(count, 50) * 2).round() / 2
     seeds = [2**63 + 7 * row for row in range(count)]
     positions = [3 * row for row in range(count)]
-    expected = expected_tokens(logits, KINDS, seeds, positions)
-    assert tokens_of(logits, KINDS, seeds, positions) == expected
+    expected = expected_tokens(logits, params, seeds, positions)
+    assert tokens_of(logits, params, seeds, positions) == expected
 
 
 def test_rows_over_several_chunks_are_as_the_sampler_that_sorts(monkeypatch):
     monkeypatch.setattr(sampling, "CHUNK", 64)
     rng = random.Random(1)
-    count = 6
-    logits = (logits_of(count, 150, seed=2) * 2).round() / 2
-    logits[5, :120] = -torch.inf
+    count = 3
+    logits = (logits_of(count, 100, seed=2) * 2).round() / 2
+    logits[2, :70] = -torch.inf
     params = [SamplingParams(temperature=1 + 0.2 * i, top_k=5 + 20 * i) for i in range(count)]
     seeds = [rng.getrandbits(64) for _ in range(count)]
     positions = [rng.randrange(2**12) for _ in range(count)]
@@ -83,12 +78,11 @@ def test_the_first_of_equally_likely_tokens_is_the_greedy_one(monkeypatch):
     assert tokens_of(logits, [SamplingParams(temperature=0)] * 2, [0, 0], [0, 0]) == [0, 19]
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize(("bad", "temperature"), [(torch.nan, 1), (torch.nan, 0), (torch.inf, 0)])
 def test_a_row_that_is_not_finite_spoils_no_other(bad, temperature):
     logits = logits_of(4, 50)
     params = [SamplingParams(temperature=temperature)] * 4
-    good = tokens_of(logits, params, [1, 2, 3, 4], [5, 6, 7, 8])
+    good = expected_tokens(logits, params, [1, 2, 3, 4], [5, 6, 7, 8])
     logits[2, 10] = bad
     logits[3] = -torch.inf
     assert tokens_of(logits, params, [1, 2, 3, 4], [5, 6, 7, 8]) == [*good[:2], UNUSABLE, UNUSABLE]

@@ -104,6 +104,12 @@ class TritonOps:
         self._workspace = Workspace.on(device, multiprocessors)
         self._batch_invariant = batch_invariant
 
+    def warm_up(self, vocab: int) -> None:
+        """Compiles what `choose` uses, so that nobody waits for it later."""
+        logits = torch.zeros(1, vocab, device=self._workspace.arrived.device)
+        for filters in ({}, {"top_k": 2}, {"top_p": 0.5}, {"top_k": 2, "top_p": 0.5}):
+            self.choose(logits, [SamplingParams(**filters)], [0], [0])
+
     def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
         return TritonLinear(weight, bias, self._workspace, self._batch_invariant)
 

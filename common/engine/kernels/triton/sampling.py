@@ -230,7 +230,7 @@ def settle_kernel(
     temperature = tl.where(temperature > 0.0, temperature, 1.0)
     peak = value_of(tl.load(keys + row))
     weight = weight_of(value_of(key), peak, temperature, tl.load(reals + n + row))
-    share = tl.where(weight > 0.0, (goal - mass) / weight, 0.0)
+    share = (goal - mass) / tl.where(weight > 0.0, weight, 1.0)
     if SEARCH == "top_k":
         # Of those equal to the last one, the first so many.
         equal = goal + 1.0 - count

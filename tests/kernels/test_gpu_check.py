@@ -1,0 +1,41 @@
+"""`make gpu-check` without a GPU: it says so, and its own lines run in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+
+# What the engine's other parts need and a GPU machine may lack.
+ABSENT = ("structlog", "pydantic", "grpc_health", "grpc_status", "opentelemetry", "openai")
+BLOCKER = f"""
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {ABSENT!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def gpu_check(*arguments, path=""):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join((str(path), environment.get("PYTHONPATH", "")))
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "benchmarks.gpu_check", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def test_a_machine_without_a_cuda_device_is_told_so():
+    run = gpu_check()
+    assert run.returncode == 2
+    assert "no CUDA device" in run.stdout
+
+
+def test_every_section_runs_with_the_packages_of_a_gpu_machine(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER)
+    run = gpu_check("--device", "cpu", "--tiny", path=tmp_path)
+    print(run.stdout, run.stderr)
+    assert run.returncode == 0
+    assert "FAILED" not in run.stdout
+    assert "4 sections, all right" in run.stdout

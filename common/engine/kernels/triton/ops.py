@@ -166,6 +166,7 @@ class TritonOps:
             step.batch.slot_mapping,
             cache.payload[layer],
             None if cache.scales is None else cache.scales[layer],
+            static=cache.static(layer),
         )
 
     def attention(self, q: torch.Tensor, cache: KVCache, layer: int, step: Step) -> torch.Tensor:

@@ -6,12 +6,14 @@ its case allows or does not compile. Needs Triton (the `triton` extra), and TRIT
 
 import argparse
 import importlib
+import os
 import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,17 +134,21 @@ def innermost(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[-300:]}"
 
 
+def check_named(name: str) -> tuple[str, bool]:
+    return check(next(case for case in cases() if case.name == name))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("filter", nargs="?", default="", help="only cases with this in their name")
-    chosen = [case for case in cases() if parser.parse_args().filter in case.name]
+    chosen = [case.name for case in cases() if parser.parse_args().filter in case.name]
     print(f"Triton {triton.__version__}, sm_90")
     print(f"{'kernel':44} registers spill bytes shared bytes warps")
     failed = 0
-    for case in chosen:
-        line, good = check(case)
-        failed += not good
-        print(line, flush=True)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for line, good in pool.map(check_named, chosen):
+            failed += not good
+            print(line, flush=True)
     print(f"{len(chosen)} kernels, {failed} failed")
     return 1 if failed or not chosen else 0
 

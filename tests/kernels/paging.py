@@ -55,11 +55,11 @@ def fill(contexts, kv_heads, d, block_size, kv, seed) -> tuple[Pages, torch.Tens
         # Magnitudes from token to token, as scales meet them.
         x *= torch.exp2(torch.randint(-4, 3, (context, 1, kv_heads, 1), generator=generator))
         values, scale = quantize_fp8(x) if kv == FP8 else (x.to(kv), None)
-        for token in range(context):
-            at = (mine[token // block_size], ..., token % block_size)
-            pages.payload[mine[token // block_size], :, :, token % block_size] = values[token]
-            if scale is not None:
-                pages.scales[at] = scale[token]
+        block = torch.tensor(mine).repeat_interleave(block_size)[:context]
+        offset = torch.arange(context) % block_size
+        pages.payload.permute(0, 3, 1, 2, 4)[block, offset] = values
+        if scale is not None:
+            pages.scales.permute(0, 3, 1, 2)[block, offset] = scale
     return pages, table
 
 

@@ -4,7 +4,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.timeout(900)  # a minute of compiling, by one core
 def test_every_kernel_compiles_for_sm_90_without_unexpected_spills():
     # A process of its own: in this one Triton interprets, and defines no kernel to compile.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

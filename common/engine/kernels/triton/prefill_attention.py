@@ -299,8 +299,8 @@ def attend_fp8_tile(
         scores = hide(scores, key, position, window)
     weights, shrink, most, total = softmax_step(scores, factor, most, total)
     v_scale = load_or_zero(scales + scale_kv + at, alive)
-    # e4m3's whole range for weights of 0 to 1.
-    weights, unit = scale_weights(weights, v_scale, scores, FP8_MAX, MASKED)
+    # 448 is the largest of e4m3: its whole range for weights of 0 to 1.
+    weights, unit = scale_weights(weights, v_scale, scores, 448.0, MASKED)
     code = encode_e4m3(weights, NATIVE).to(tl.float8e4nv, bitcast=True)
     partial = tl.dot(code, v, max_num_imprecise_acc=min(128, TILE))
     sums = sums * shrink[:, None] + partial * unit[:, None]

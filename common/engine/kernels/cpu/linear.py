@@ -60,8 +60,8 @@ def best(dtype: torch.dtype) -> Pack:
         except RuntimeError as error:  # this build or CPU lacks it
             log.info("linear_unavailable", candidate=name, dtype=str(dtype), error=str(error))
     chosen = min(times, key=lambda name: times[name])
-    micros = {name: round(seconds * 1e6) for name, seconds in times.items()}
-    log.info("linear_chosen", dtype=str(dtype), chosen=chosen, microseconds=micros)
+    seconds = {name: round(value, 6) for name, value in times.items()}
+    log.info("linear_chosen", dtype=str(dtype), chosen=chosen, seconds=seconds)
     return CANDIDATES[chosen]
 
 

@@ -24,8 +24,8 @@ class DecodeArguments(ctypes.Structure):
     """Addresses and sizes in bytes unless said otherwise. A row is one query token.
 
     q, out             [rows, heads, head_dim], q's rows q_stride apart, out's contiguous
-    cache              the layer's payload of block 0; blocks are block_bytes apart
-    scales             the layer's scales of block 0, 0 without
+    cache, scales      the layer's payload and scales of block 0, of the first KV head (scales 0:
+                       none); blocks are block_bytes apart and have block_heads KV heads
     tables             [sequences, table_width] int32
     items              [splits, 2] int32: the row, and which split of its context
     row_sequence       [rows] int32
@@ -40,8 +40,8 @@ class DecodeArguments(ctypes.Structure):
 
     _fields_ = (
         *fields(
-            "q out q_stride cache scales block_bytes block_size tables table_width items "
-            "row_sequence row_context row_parts pending parts scratch scratch_bytes window "
+            "q out q_stride cache scales block_bytes block_size block_heads tables table_width "
+            "items row_sequence row_context row_parts pending parts scratch scratch_bytes window "
             "kv_heads passes head_dim"
         ),
         ("scale", ctypes.c_double),
@@ -74,7 +74,7 @@ def decode_kernel(kv: int, io: int, group: int) -> Kernel:
         maxima = weights + group * 64
         totals = maxima + 64
         head_block = a.block_size * dim * element
-        scale_step = 4 * a.kv_heads * a.block_size
+        scale_step = 4 * a.block_heads * a.block_size
         while True:
             item = simd.fetch_add(next_item, 1)
             if item >= a.num_items:
@@ -109,14 +109,14 @@ def decode_kernel(kv: int, io: int, group: int) -> Kernel:
                 count = stop - token
                 block = simd.scalar_int32(table + 4 * (token // a.block_size)) * a.block_bytes
                 k = a.cache + block + kv_head * head_block + inside * dim * element
-                v = k + a.kv_heads * head_block
+                v = k + a.block_heads * head_block
                 scale = a.scales + block + 4 * (kv_head * a.block_size + inside)
                 if stop < end:
                     ahead = simd.scalar_int32(table + 4 * (stop // a.block_size)) * a.block_bytes
                     ahead += a.cache + kv_head * head_block + stop % a.block_size * dim * element
                     for i in range(0, TILE_TOKENS * dim * element, 64):
                         simd.prefetch(ahead + i)
-                        simd.prefetch(ahead + a.kv_heads * head_block + i)
+                        simd.prefetch(ahead + a.block_heads * head_block + i)
                 for t in range(count):
                     rows = simd.zero_rows(group)
                     for c in range(0, dim, 16):

@@ -88,12 +88,14 @@ class WriteArguments(ctypes.Structure):
     positions     [num_items] int64
     slots         [num_items] int64, block * block_size + offset
     cos, sin      [positions, head_dim] float32, sin's first half negated
-    cache         the layer's payload of block 0; blocks are block_bytes apart
-    scales        the layer's scales of block 0, 0 without
+    cache, scales the layer's payload and scales of block 0, of the first KV head (scales 0:
+                  none); blocks are block_bytes apart and have block_heads KV heads
+    static        [2, kv_heads] float32: scales to quantize by; 0: amax / 448 of each vector
     """
 
     _fields_ = fields(
-        "qkv positions slots cos sin cache scales block_bytes block_size heads kv_heads head_dim"
+        "qkv positions slots cos sin cache scales static block_bytes block_size block_heads "
+        "heads kv_heads head_dim"
     )
 
 
@@ -136,6 +138,8 @@ def write_kernel(kv: int, io: int) -> Kernel:
             for head in range(2 * a.kv_heads):
                 x = source + (a.heads + head) * dim * io_element
                 place = head * a.block_size + inside
+                if head >= a.kv_heads:
+                    place += (a.block_heads - a.kv_heads) * a.block_size
                 target = a.cache + block + place * dim * element
                 divisor = simd.splat(np.float32(1.0))
                 if has_scales:
@@ -146,6 +150,8 @@ def write_kernel(kv: int, io: int) -> Kernel:
                     if largest > limit:
                         largest = limit
                     scale = largest / np.float32(448.0)
+                    if a.static != 0:
+                        scale = simd.scalar_float32(a.static + 4 * head)
                     simd.put_float32(a.scales + block + 4 * place, scale)
                     if scale != np.float32(0.0):
                         divisor = simd.splat(scale)

@@ -1,7 +1,7 @@
 """The operations of a model step on a CPU: compiled kernels, packed matrices.
 
-What a kernel does not cover (head sizes that are no multiple of 32, a part of the KV heads, static
-KV scales, quantized weights) is left to the reference.
+What a kernel does not cover (head sizes that are no multiple of 32, quantized weights) is left to
+the reference.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import torch
 from common.engine.batch import Batch
 from common.engine.cache import TORCH_DTYPES, KVCache
 from common.engine.kernels import Linear
-from common.engine.kernels.cpu import attention, elementwise
+from common.engine.kernels.cpu import attention, elementwise, prefill
 from common.engine.kernels.cpu.launch import KIND
 from common.engine.kernels.cpu.linear import best
 from common.engine.kernels.reference import ReferenceOps
@@ -22,11 +22,14 @@ from common.engine.weight import Weight
 # Smaller work is done sooner than a second thread has begun it.
 ELEMENTS_PER_THREAD = 16384
 HEAD_DIM_MULTIPLE = 32
+# A sequence with fewer queries in a step has them attend one by one.
+CHUNK_QUERIES = 8
+LINE_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """Who attends to what in layers with one window; see DecodeArguments."""
+class Splits:
+    """Which rows attend one by one in layers with one window; see DecodeArguments."""
 
     items: np.ndarray
     parts: np.ndarray
@@ -34,16 +37,16 @@ class Plan:
     num_parts: int
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """One step's batch as the kernels read it. `keep` holds what the addresses are of."""
 
     write: elementwise.WriteArguments
-    attend: attention.DecodeArguments
-    plans: dict[int | None, Plan]
+    decode: attention.DecodeArguments
+    splits: dict[int | None, Splits]
+    prefill: prefill.PrefillArguments
+    chunks: np.ndarray
     windows: tuple[int | None, ...]
-    scratch: np.ndarray
-    parts: np.ndarray
     group: int
     threads: int
     keep: tuple[Any, ...]
@@ -55,6 +58,8 @@ class CpuOps(ReferenceOps):
     def __init__(self) -> None:
         self._norm = elementwise.NormArguments()
         self._silu = elementwise.SiluArguments()
+        self._scratch = np.empty(0, np.uint8)
+        self._chunk_queries = CHUNK_QUERIES
 
     def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
         if weight.activation is not None:
@@ -99,77 +104,96 @@ class CpuOps(ReferenceOps):
         windows: tuple[int | None, ...],
         rope: tuple[torch.Tensor, torch.Tensor],
     ) -> Any:
-        layout = cache.layout
-        narrowed = cache.num_kv_heads != layout.num_kv_heads
-        if layout.head_dim % HEAD_DIM_MULTIPLE or narrowed or cache.static_scales is not None:
+        layout, kv_heads = cache.layout, cache.num_kv_heads
+        if layout.head_dim % HEAD_DIM_MULTIPLE:
             return super().prepare(batch, cache, num_heads, windows, rope)
-        heads_each = num_heads // layout.num_kv_heads
+        heads_each = num_heads // kv_heads
         group = max(g for g in range(1, attention.MAX_GROUP + 1) if heads_each % g == 0)
-        passes = heads_each // group
-        counts = np.diff(np.array(batch.query_start, dtype=np.int64))
+        lanes, threads = num_heads // group, torch.get_num_threads()
+        starts = np.array(batch.query_start, dtype=np.int32)
+        counts = np.diff(starts)
         sequence = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        context = (batch.positions.numpy() + 1).astype(np.int32)
-        lanes = layout.num_kv_heads * passes
-        plans = {window: plan(context, window, lanes) for window in set(windows)}
-        part = lanes * group * (layout.head_dim + 16)
-        parts = np.empty(max(p.num_parts for p in plans.values()) * part, np.float32)
-        threads = torch.get_num_threads()
-        each = attention.scratch_bytes(group, layout.head_dim)
-        scratch = np.empty(threads * each + 64, np.uint8)
-        attend = attention.DecodeArguments(
-            block_bytes=layout.block_bytes,
-            block_size=layout.block_size,
-            tables=batch.block_table.data_ptr(),
-            table_width=batch.block_table.shape[1],
+        context = batch.positions.numpy().astype(np.int32) + 1
+        chunked = counts >= self._chunk_queries
+        rows = np.flatnonzero(~chunked[sequence]).astype(np.int32)
+        splits = {window: split(rows, context, window, lanes) for window in set(windows)}
+        part_floats = lanes * group * (layout.head_dim + 16)
+        parts = np.empty(max(s.num_parts for s in splits.values()) * part_floats, np.float32)
+        decode_bytes = attention.scratch_bytes(group, layout.head_dim)
+        prefill_bytes = prefill.scratch_bytes(group, layout.head_dim)
+        scratch = self._scratch_of(threads * max(decode_bytes, prefill_bytes))
+        pages = {
+            "block_bytes": layout.block_bytes,
+            "block_size": layout.block_size,
+            "block_heads": layout.num_kv_heads,
+            "kv_heads": kv_heads,
+            "head_dim": layout.head_dim,
+        }
+        attend = {
+            **pages,
+            "tables": batch.block_table.data_ptr(),
+            "table_width": batch.block_table.shape[1],
+            "passes": heads_each // group,
+            "scale": layout.head_dim**-0.5,
+            "scratch": scratch,
+        }
+        decode = attention.DecodeArguments(
+            **attend,
             row_sequence=sequence.ctypes.data,
             row_context=context.ctypes.data,
             parts=parts.ctypes.data,
-            scratch=-(-scratch.ctypes.data // 64) * 64,
-            scratch_bytes=each,
-            kv_heads=layout.num_kv_heads,
-            passes=passes,
-            head_dim=layout.head_dim,
-            scale=layout.head_dim**-0.5,
+            scratch_bytes=decode_bytes,
         )
         write = elementwise.WriteArguments(
+            **pages,
             positions=batch.positions.data_ptr(),
             slots=batch.slot_mapping.data_ptr(),
             cos=rope[0].data_ptr(),
             sin=rope[1].data_ptr(),
-            block_bytes=layout.block_bytes,
-            block_size=layout.block_size,
             heads=num_heads,
-            kv_heads=layout.num_kv_heads,
-            head_dim=layout.head_dim,
         )
-        keep = (batch, sequence, context, rope)
-        return Step(write, attend, plans, windows, scratch, parts, group, threads, keep)
+        chunks = cut_chunks(np.flatnonzero(chunked), starts, context, group)
+        chunk = prefill.PrefillArguments(**attend, items=chunks.ctypes.data)
+        chunk.scratch_bytes = prefill_bytes
+        keep = (batch, sequence, context, rope, parts, self._scratch)
+        return Step(write, decode, splits, chunk, chunks, windows, group, threads, keep)
+
+    def _scratch_of(self, size: int) -> int:
+        """The address of memory that threads write in during a call, on a line's border."""
+        if len(self._scratch) < size + LINE_BYTES:
+            self._scratch = np.empty(size + LINE_BYTES, np.uint8)
+        return -(-self._scratch.ctypes.data // LINE_BYTES) * LINE_BYTES
 
     def write_kv(self, qkv: torch.Tensor, cache: KVCache, layer: int, step: Any) -> torch.Tensor:
         if not isinstance(step, Step):
             return super().write_kv(qkv, cache, layer, step)
-        a = step.write
-        a.qkv = qkv.data_ptr()
+        a, static = step.write, cache.static(layer)
+        a.qkv, a.static = qkv.data_ptr(), 0 if static is None else static.data_ptr()
         a.cache, a.scales = addresses(cache, layer)
-        kernel = elementwise.write_kernel(
-            KIND[TORCH_DTYPES[cache.layout.kv_dtype]], KIND[qkv.dtype]
-        )
-        kernel.run(a, len(qkv), threads_for(2 * qkv.numel()))
+        kernel = elementwise.write_kernel(kv_kind(cache), KIND[qkv.dtype])
+        kernel.run(a, qkv.shape[0], threads_for(2 * qkv.numel()))
         return qkv[:, : a.heads]
 
     def attention(self, q: torch.Tensor, cache: KVCache, layer: int, step: Any) -> torch.Tensor:
         if not isinstance(step, Step):
             return super().attention(q, cache, layer, step)
         window = step.windows[layer]
-        chosen, a = step.plans[window], step.attend
         out = torch.empty(q.shape, dtype=q.dtype)
-        a.q, a.q_stride, a.out = q.data_ptr(), q.stride(0) * q.element_size(), out.data_ptr()
-        a.cache, a.scales = addresses(cache, layer)
-        a.items, a.row_parts = chosen.items.ctypes.data, chosen.parts.ctypes.data
-        a.pending, a.window = chosen.pending.ctypes.data, window or 0
-        kv = KIND[TORCH_DTYPES[cache.layout.kv_dtype]]
-        kernel = attention.decode_kernel(kv, KIND[q.dtype], step.group)
-        kernel.run(a, len(chosen.items) * a.kv_heads * a.passes, step.threads)
+        kinds = kv_kind(cache), KIND[q.dtype], step.group
+        lanes = q.shape[1] // step.group
+        for a in (step.decode, step.prefill):
+            a.q, a.q_stride, a.out = q.data_ptr(), q.stride(0) * q.element_size(), out.data_ptr()
+            a.cache, a.scales = addresses(cache, layer)
+            a.window = window or 0
+        if len(step.chunks):
+            kernel = prefill.prefill_kernel(*kinds)
+            kernel.run(step.prefill, len(step.chunks) * lanes, step.threads)
+        splits = step.splits[window]
+        if len(splits.items):
+            a = step.decode
+            a.items, a.row_parts = splits.items.ctypes.data, splits.parts.ctypes.data
+            a.pending = splits.pending.ctypes.data
+            attention.decode_kernel(*kinds).run(a, len(splits.items) * lanes, step.threads)
         return out
 
 
@@ -184,18 +208,40 @@ def addresses(cache: KVCache, layer: int) -> tuple[int, int]:
     return cache.payload[layer].data_ptr(), scales
 
 
-def plan(context: np.ndarray, window: int | None, lanes: int) -> Plan:
-    """The splits of each row's context [rows] int32, every one a work item for each lane."""
-    size = attention.SPLIT_TOKENS
-    first = 0 * context if window is None else np.maximum(context - window, 0) // size
-    splits = (context - 1) // size + 1 - first
-    ends = np.cumsum(splits)
-    total = int(ends[-1])
+def kv_kind(cache: KVCache) -> int:
+    """simd's kind of the cache's numbers."""
+    return KIND[TORCH_DTYPES[cache.layout.kv_dtype]]
+
+
+def split(rows: np.ndarray, context: np.ndarray, window: int | None, lanes: int) -> Splits:
+    """The splits of the contexts of these rows [n] int32, every one a work item for each lane.
+    context [num_tokens] int32: of all rows."""
+    size, own = attention.SPLIT_TOKENS, context[rows]
+    first = 0 * own if window is None else np.maximum(own - window, 0) // size
+    count = (own - 1) // size + 1 - first
+    ends = np.cumsum(count, dtype=np.int32)
+    total = int(ends[-1]) if len(ends) else 0
     items = np.empty((total, 2), np.int32)
-    items[:, 0] = np.repeat(np.arange(len(context), dtype=np.int32), splits)
-    items[:, 1] = np.arange(total, dtype=np.int32) + np.repeat(first + splits - ends, splits)
-    several = np.where(splits > 1, splits, 0)
-    starts = np.cumsum(several) - several
-    parts = np.where(splits > 1, starts, -1).astype(np.int32)
-    pending = np.repeat(splits.astype(np.int64), lanes)
-    return Plan(items, parts, pending, int(several.sum()))
+    items[:, 0] = np.repeat(rows, count)
+    items[:, 1] = np.arange(total, dtype=np.int32) + np.repeat(first + count - ends, count)
+    several = np.where(count > 1, count, 0)
+    parts = np.empty(len(context), np.int32)
+    parts[rows] = np.where(count > 1, np.cumsum(several) - several, -1)
+    pending = np.empty((len(context), lanes), np.int64)
+    pending[rows] = count[:, None]
+    return Splits(items, parts, pending, int(several.sum()))
+
+
+def cut_chunks(
+    sequences: np.ndarray, starts: np.ndarray, context: np.ndarray, group: int
+) -> np.ndarray:
+    """The items of PrefillArguments for these sequences [n], [items, 4] int32; starts is
+    Batch.query_start. What sees most comes first, so that no thread is left alone with it."""
+    size = prefill.queries_of_item(group)
+    items = [
+        (i, row, min(size, starts[i + 1] - row), context[row] - 1)
+        for i in sequences
+        for row in range(starts[i], starts[i + 1], size)
+    ]
+    items.sort(key=lambda item: -item[3])
+    return np.array(items, dtype=np.int32).reshape(-1, 4)

@@ -495,3 +495,80 @@ def mix_rows(typing, rows, v, address, stride):
         return _pack(builder, [_fma(builder, v, weight, row) for weight, row in pairs])
 
     return rows(rows, vector, types.int64, types.int64), generate
+
+
+@intrinsic
+def add_products(typing, rows, a, stride, b):
+    """Of 8 rows of 32 columns, two vectors each: row r gets the float32 at a + r * stride times
+    the 32 float32 at b. One step of a matrix product that stays in registers."""
+
+    def generate(context, builder, signature, values):
+        rows, a, stride, b = values
+        columns = [_read(builder, builder.add(b, b.type(64 * i)), F32V) for i in range(2)]
+        out = []
+        for r, place in enumerate(_places(builder, a, stride, 8)):
+            factor = _splat(builder, _read(builder, place, F32))
+            for i, column in enumerate(columns):
+                out.append(_fma(builder, factor, column, builder.extract_value(rows, 2 * r + i)))
+        return _pack(builder, out)
+
+    return rows(rows, types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def load_block(typing, address, stride):
+    """8 rows of 32 columns of float32, `stride` bytes apart, as 16 vectors."""
+    rows = types.UniTuple(vector, 16)
+
+    def generate(context, builder, signature, values):
+        places = _places(builder, *values, 8)
+        halves = [builder.add(p, p.type(64 * i)) for p in places for i in range(2)]
+        return _pack(builder, [_read(builder, half, F32V) for half in halves])
+
+    return rows(types.int64, types.int64), generate
+
+
+@intrinsic
+def store_block(typing, rows, address, stride):
+    """The other way round."""
+
+    def generate(context, builder, signature, values):
+        places = _places(builder, *values[1:], 8)
+        halves = [builder.add(p, p.type(64 * i)) for p in places for i in range(2)]
+        for half, row in zip(halves, _unpack(builder, values[0]), strict=True):
+            _write(builder, half, row)
+        return context.get_dummy_value()
+
+    return types.void(rows, types.int64, types.int64), generate
+
+
+@_function(types.void, types.int64, types.int64, types.int64)
+def transpose(builder, source, target, stride):
+    """16 x 16 float32, contiguous at `source`, to rows `stride` bytes apart."""
+    rows = [_read(builder, builder.add(source, source.type(64 * t)), F32V) for t in range(16)]
+    # Blocks off the diagonal change places: of 8 x 8, then of 4 x 4 within each, and so on.
+    for size in (8, 4, 2, 1):
+        upper = _places_of(i + LANES - size if i & size else i for i in range(LANES))
+        lower = _places_of(i + LANES if i & size else i + size for i in range(LANES))
+        for t in (t for t in range(16) if not t & size):
+            a, b = rows[t], rows[t + size]
+            rows[t] = builder.shuffle_vector(a, b, upper)
+            rows[t + size] = builder.shuffle_vector(a, b, lower)
+    for place, row in zip(_places(builder, target, stride, 16), rows, strict=True):
+        _write(builder, place, row)
+
+
+@_function(vector, vector, types.int64, types.int64)
+def hide_outside(builder, value, low, high):
+    """-inf in place of the lanes that are not in [low, high)."""
+    lanes = _places_of(range(LANES))
+    bounds = [_splat(builder, builder.trunc(bound, I32)) for bound in (low, high)]
+    inside = builder.icmp_signed(">=", lanes, bounds[0])
+    inside = builder.and_(inside, builder.icmp_signed("<", lanes, bounds[1]))
+    return builder.select(inside, value, _lanes(F32, float("-inf")))
+
+
+@_function(vector, vector, vector)
+def larger(builder, a, b):
+    """Of each pair the larger; anything where one is NaN."""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from common.engine.kernels.cpu.ops import CpuOps
 from common.engine.kernels.reference import ReferenceOps
 from common.engine.quantization.fp8 import decode, quantize_weight, round_to_fp8
 from common.engine.quantization.scheme import SCHEMES, Activation, Scheme, WeightScale
@@ -44,14 +45,19 @@ def test_every_weight_byte_decodes_to_its_value():
     assert got == [float(emulation.e4m3_value(byte)) for byte in every.tolist()]
 
 
+# Tokens, inputs, outputs: for kernels of few and of many tokens, and what no kernel takes.
+SHAPES = [(1, 128, 128), (3, 320, 208), (8, 96, 16), (5, 300, 200), (33, 1040, 96)]
 CASES = [(scale, kind) for scale in ("tensor", "channel") for kind in ("tensor", "token")]
 
 
+@pytest.mark.parametrize("ops", [ReferenceOps(), CpuOps()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("scale", "activation"), [*CASES, ("block", "group")])
-@pytest.mark.parametrize("shape", [(1, 128, 128), (5, 300, 200), (33, 1024, 96)])
+@pytest.mark.parametrize(
+    "shape", [(1, 128, 128), (3, 320, 208), (8, 96, 16), (5, 300, 200), (33, 1040, 96)]
+)
 def test_a_product_is_the_definitions_within_the_rounding_of_a_float32_sum(
-    dtype, scale, activation, shape
+    ops, dtype, scale, activation, shape
 ):
     rows, inputs, outputs = shape
     generator = torch.Generator().manual_seed(rows)
@@ -66,7 +72,7 @@ def test_a_product_is_the_definitions_within_the_rounding_of_a_float32_sum(
         static = x.float().abs().amax() / 500  # some saturate
         weight = Weight(weight.values, weight.scale, weight.activation, static)
     bias = torch.randn(outputs, generator=generator).to(dtype)
-    got = ReferenceOps().linear(weight, bias)(x)
+    got = ops.linear(weight, bias)(x)
     assert got.dtype == dtype
 
     # Scales and quotients are float32, as the hardware's; all else is exact.
@@ -106,12 +112,14 @@ def test_a_quantized_weight_is_the_nearest_and_zeros_have_a_positive_scale():
         assert np.abs(weight.values.double().numpy()[128:]).max() == 448
 
 
-def test_nan_and_infinity_in_an_input_show_in_their_rows_alone():
+@pytest.mark.parametrize("ops", [ReferenceOps(), CpuOps()])
+@pytest.mark.parametrize("rows", [4, 12])
+def test_nan_and_infinity_in_an_input_show_in_their_rows_alone(ops, rows):
     matrix = torch.randn(128, 128, generator=torch.Generator().manual_seed(2))
-    x = torch.ones(4, 128)
+    x = torch.ones(rows, 128)
     x[1, 5], x[2, 7] = torch.nan, torch.inf
     for scheme in SCHEMES.values():
-        out = ReferenceOps().linear(quantize_weight(matrix, scheme), None)(x)
+        out = ops.linear(quantize_weight(matrix, scheme), None)(x)
         assert out[1].isnan().all()
         assert not out[2].isfinite().all()
         assert out[[0, 3]].isfinite().all()

@@ -1,7 +1,7 @@
 """The operations of a model step on a CPU: compiled kernels, packed matrices.
 
-What a kernel does not cover (head sizes that are no multiple of 32, quantized weights) is left to
-the reference.
+What a kernel does not cover (head sizes that are no multiple of 32, FP8 matrices whose sizes are no
+multiples of 16) is left to the reference.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from common.engine.kernels import Linear
 from common.engine.kernels.cpu import attention, elementwise, prefill
 from common.engine.kernels.cpu.launch import KIND
 from common.engine.kernels.cpu.linear import best
+from common.engine.kernels.cpu.quantized import Fp8Linear, fits
 from common.engine.kernels.reference import ReferenceOps
 from common.engine.weight import Weight
 
@@ -63,7 +64,7 @@ class CpuOps(ReferenceOps):
 
     def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
         if weight.activation is not None:
-            return super().linear(weight, bias)
+            return Fp8Linear(weight, bias) if fits(weight) else super().linear(weight, bias)
         return best(weight.values.dtype)(weight.values, bias)
 
     def add_norm(

@@ -128,6 +128,14 @@ def load_e4m3(builder, address):
     return builder.select(nan, builder.bitcast(_lanes(I32, NAN_BITS), F32V), value)
 
 
+@_function(vector, types.int64)
+def load_e4m3_number(builder, address):
+    """16 float8_e4m3fn, none of them NaN, in half as many instructions."""
+    bits = builder.shl(builder.sext(_read(builder, address, I8V), I32V), _lanes(I32, 20))
+    moved = builder.and_(bits, _lanes(I32, 0x87F00000))  # what the sign was extended over
+    return builder.fmul(builder.bitcast(moved, F32V), _lanes(F32, 2.0**120))
+
+
 @_function(types.void, types.int64, vector)
 def store_float32(builder, address, value):
     """16 float32."""

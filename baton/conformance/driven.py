@@ -2,8 +2,7 @@
 
 The "KV" of a token is a function of the tokens up to and including it, of the tenant and of the
 fingerprint, so that every page can be checked against what it must hold: each step checks all that
-attention would read. Half of the heads of a layer are written only after the connector was told of
-the layer, as with two ranks.
+attention would read.
 """
 
 import hashlib
@@ -117,11 +116,10 @@ class DrivenWorker:
         rows = list(zip(plan.sequences, plan.start, plan.scheduled, strict=True))
         for layer in range(LAYOUT.num_layers):
             self.connector.wait_for_layer_load(layer)
-            self._compute(rows, layer, range(VECTORS // 2))
+            self._compute(rows, layer)
             self.connector.save_kv_layer(layer)
             if self.on_layer is not None:
                 self.on_layer(layer)
-            self._compute(rows, layer, range(VECTORS // 2, VECTORS))
         self.connector.wait_for_save()
         failed = self.connector.get_block_ids_with_load_errors()
         for sequence, start, count in rows:
@@ -180,13 +178,12 @@ class DrivenWorker:
         tokens = sequence.token_ids[: position + 1]
         return kv_of(tokens, sequence.request.tenant, self.fingerprint)
 
-    def _compute(self, rows: list[Row], layer: int, vectors: range) -> None:
+    def _compute(self, rows: list[Row], layer: int) -> None:
         for sequence, start, count in rows:
             for position in range(start, start + count):
                 found, scales = self.row(sequence.block_table, position)
-                right = self._kv_of(sequence, position)[layer, vectors]
-                found[layer, vectors] = right[:, :VECTOR_BYTES]
-                scales[layer, vectors] = right[:, VECTOR_BYTES:]
+                right = self._kv_of(sequence, position)[layer]
+                found[layer], scales[layer] = right[:, :VECTOR_BYTES], right[:, VECTOR_BYTES:]
 
     def _check_past(self, sequence: Sequence, length: int) -> None:
         """What attention would read: every token before `length` has its right KV."""

@@ -107,7 +107,7 @@ def test_a_layer_leaves_while_the_next_ones_are_computed(prefill, decode):
     received = []
 
     def wait_for_the_first_layer(layer: int) -> None:
-        if layer == LAYOUT.num_layers - 1:
+        if layer == LAYOUT.num_layers - 2:
             events = decode.connector._events
             received.append(until(lambda: events["handoff_bytes_received"]))
 

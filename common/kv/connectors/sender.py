@@ -214,11 +214,9 @@ class HandoffSender(KVConnector):
         self._caches = caches
 
     def save_kv_layer(self, layer: int) -> None:
-        # The layers before this one: with several ranks, one's heads of a layer are known to be
-        # written only after the sums that follow its attention.
         for live in self._live:
-            if layer - live.next_layer >= live.layers_at_once:
-                self._stage_live(live, layer)
+            if layer + 1 - live.next_layer >= live.layers_at_once:
+                self._stage_live(live, layer + 1)
 
     def wait_for_save(self) -> None:
         live, self._live = self._live, []

@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 
 from common.engine.kernels.triton.fp8 import (
-    FP8_MAX,
     NATIVE_FP8,
     encode_e4m3,
     fp8_scale,

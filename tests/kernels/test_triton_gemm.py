@@ -10,6 +10,7 @@ from common.engine.quantization.scheme import Activation
 from common.errors import ConfigError
 
 CPU = torch.device("cpu")
+E4M3_SHAPES = [(1, 64, 128), (17, 200, 400), (3, 256, 1040), (65, 64, 144), (130, 72, 272)]
 
 
 def make_workspace(multiprocessors=2):
@@ -46,16 +47,17 @@ def assert_close(actual, expected, k):
     assert ((actual.double() - expected).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("m", [1, 16, 17, 65, 130])
-@pytest.mark.parametrize(("n", "k"), [(64, 64), (200, 136), (70, 1032)])
+# One tile and parts of tiles, each way to cut a product, K in one part and in several.
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 64, 64), (16, 200, 136), (17, 70, 1032), (65, 64, 72), (130, 70, 200)]
+)
 def test_float_products_are_float64s(m, n, k):
     x, weight, bias = random(m, k).half(), random(n, k, seed=1).half(), random(n).half()
     out = matmul(x, weight, make_workspace(), bias=bias)
     assert_close(out, x.double() @ weight.double().T + bias.double(), k)
 
 
-@pytest.mark.parametrize("m", [1, 17, 65, 130])
-@pytest.mark.parametrize(("n", "k"), [(64, 128), (200, 400)])
+@pytest.mark.parametrize(("m", "n", "k"), E4M3_SHAPES)
 @pytest.mark.parametrize("activation", [Activation.TOKEN, Activation.TENSOR])
 def test_products_with_a_scale_a_row_and_a_token_are_float64s(m, n, k, activation):
     x = quantize(random(m, k).half(), activation, torch.tensor(0.01))
@@ -65,8 +67,7 @@ def test_products_with_a_scale_a_row_and_a_token_are_float64s(m, n, k, activatio
     assert_close(out, exact(x, weight, scale, bias), k)
 
 
-@pytest.mark.parametrize("m", [1, 17, 65, 130])
-@pytest.mark.parametrize(("n", "k"), [(64, 128), (200, 400), (256, 1040)])
+@pytest.mark.parametrize(("m", "n", "k"), E4M3_SHAPES)
 def test_products_with_a_scale_a_block_and_a_group_are_float64s(m, n, k):
     # Rows and columns of very different size: a scale in the wrong place shows.
     size = torch.exp(random(k, seed=3)) * torch.exp(random(n, 1, seed=4))

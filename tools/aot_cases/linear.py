@@ -75,22 +75,21 @@ def _sampling() -> list[AotCase]:
     vocab, rows = 128256, 64
     chunks = -(-vocab // sampling.CHUNK)
     sizes = {"CHUNK": sampling.CHUNK, "CHUNKS": 64, "chunks": chunks, "n": rows, "vocab": vocab}
-    pointers = dict.fromkeys(("reals", "totals", "before", "after", "old", "new", "parts"), "*fp64")
-    pointers |= dict.fromkeys(("keys", "whole", "cut", "kept", "tokens", "drawn", "rank"), "*i64")
-    pointers |= {"state": "*fp64", "counts": "*fp64", "logits": "*fp32", "peaks": "*i64"}
+    pointers = dict.fromkeys(("reals", "totals", "before", "after", "old", "new"), "*fp64")
+    pointers |= dict.fromkeys(("parts", "state", "masses"), "*fp64")
+    pointers |= dict.fromkeys(("keys", "whole", "cut", "kept", "tokens", "peaks"), "*i64")
+    pointers |= {"logits": "*fp32", "ties": "*i32"}
     common = sizes | pointers | {"row_stride": vocab, "shift": 20, "SLICE": sampling.SLICE}
     searches = [
-        {"SEARCH": search, "PASS": step, "FIRST": step == 1, "COUNTED": search == "top_k"}
-        for search, step in (("top_k", 0), ("top_k", 2), ("top_p", 1), ("draw", 1), ("draw", 2))
+        {"SEARCH": search, "PASS": step, "FIRST": step == 1}
+        for search, step in (("top_k", 0), ("top_k", 2), ("top_p", 1), ("top_p", 2))
     ]
     kernels = [
         (sampling.peak_kernel, {}, 4),
         (sampling.begin_kernel, {}, 1),
         *((sampling.narrow_kernel, search, 8) for search in searches),
-        *(
-            (sampling.settle_kernel, search, 1)
-            for search in (searches[0], searches[2], searches[3])
-        ),
+        *((sampling.settle_kernel, search, 1) for search in (searches[0], searches[2])),
+        (sampling.mass_kernel, {}, 4),
         (sampling.pick_kernel, {}, 4),
     ]
     return [

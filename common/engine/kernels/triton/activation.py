@@ -15,7 +15,7 @@ from common.engine.kernels.triton.quantize import (
 from common.engine.quantization.scheme import Activation
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_column"])
 def silu_mul_kernel(
     gate_up, out, scale, d, scale_row, scale_column,
     MODE: tl.constexpr, BLOCK: tl.constexpr, NATIVE: tl.constexpr,

@@ -15,7 +15,7 @@ from common.engine.kernels.triton.quantize import (
 from common.engine.quantization.scheme import Activation
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_column"])
 def rms_norm_kernel(
     x, delta, weight, out, scale, eps, d, heads, x_token, x_head, scale_row, scale_column,
     MODE: tl.constexpr, BLOCK: tl.constexpr, NATIVE: tl.constexpr,

@@ -63,7 +63,7 @@ def store_row(
     tl.store(out + row.to(tl.int64) * d + columns, code, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_column"])
 def quantize_rows_kernel(
     x, out, scale, d, x_row, scale_row, scale_column,
     MODE: tl.constexpr, BLOCK: tl.constexpr, NATIVE: tl.constexpr,

@@ -1,9 +1,10 @@
 """From logits to tokens on the device: the tokens that common/engine/sampler.py chooses.
 
-Nothing is sorted. Logits are mapped to whole numbers of the same order; a filter's cut, and the
-token drawn, is where a count or a sum of weights, from the likeliest token down, passes a goal: a
-radix search, four bits a pass (Alabi et al. 2012, "Fast k-selection algorithms for graphics
-processing units"). Sums are float64 in a fixed order. All rows and parts of rows work side by side.
+Nothing is sorted. Logits are mapped to whole numbers of the same order; the cut of top-k or top-p
+is where a count or a sum of weights, from the likeliest token down, passes a goal: a radix search,
+four bits a pass (Alabi et al. 2012, "Fast k-selection algorithms for graphics processing units").
+The token drawn is where the sum of what is left, in the order of ids, passes the random number.
+Sums are float64 in a fixed order. All rows and parts of rows work side by side.
 """
 
 from collections.abc import Sequence
@@ -152,16 +153,15 @@ def goal_of(reals, whole, row, n, total, SEARCH: tl.constexpr):
     """What the measure from the likeliest token down must pass: a count for top-k, else a mass."""
     if SEARCH == "top_k":
         return (tl.load(whole + row) - 1).to(tl.float64)
-    if SEARCH == "top_p":
+    else:
         return tl.load(reals + 2 * n + row) * total
-    return uniform_of(tl.load(whole + n + row), tl.load(whole + 2 * n + row)) * total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def narrow_kernel(
     logits, keys, reals, whole, totals, cut, before, after, old, new,
     n, vocab, chunks, row_stride, shift,
-    SEARCH: tl.constexpr, PASS: tl.constexpr, FIRST: tl.constexpr, COUNTED: tl.constexpr,
+    SEARCH: tl.constexpr, PASS: tl.constexpr, FIRST: tl.constexpr,
     CHUNK: tl.constexpr, SLICE: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """One pass: settles four bits by the last pass's sums, and sums up the next four's slots.
@@ -205,22 +205,21 @@ def narrow_kernel(
         slot = tl.where(inside, 15 - ((key >> shift) & 15), 16).to(tl.int32)
         mine = slot[:, None] == slots
         masses += tl.where(mine, weight_of(x, peak, temperature, min_p)[:, None], 0.0)
-        if COUNTED:
+        if SEARCH == "top_k":
             counts += mine.to(tl.int32)
     at = after + (row * chunks + chunk) * 16 + tl.arange(0, 16)
     tl.store(at, tl.sum(masses, 0))
-    if COUNTED:
+    if SEARCH == "top_k":
         tl.store(at + n * chunks * 16, tl.sum(counts, 0).to(tl.float64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def settle_kernel(
     keys, reals, totals, cut, kept, parts, state, n, chunks,
     SEARCH: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """The last four bits of a search, and what it means: the mass that a filter lets through with
-    the cut (the last key and how many of those equal to it), or the drawn key and which of those
-    equal to it."""
+    """The last four bits of a search, and what it means: the mass that the filter lets through, and
+    the cut (the last key, and how many of those equal to it, the first ones)."""
     row = tl.program_id(0)
     goal = tl.load(state + 3 * n + row)
     key, count, mass, _ = descend(
@@ -230,46 +229,85 @@ def settle_kernel(
     temperature = tl.where(temperature > 0.0, temperature, 1.0)
     peak = value_of(tl.load(keys + row))
     weight = weight_of(value_of(key), peak, temperature, tl.load(reals + n + row))
-    share = (goal - mass) / tl.where(weight > 0.0, weight, 1.0)
     if SEARCH == "top_k":
-        # Of those equal to the last one, the first so many.
         equal = goal + 1.0 - count
         tl.store(totals + row, mass + equal * weight)
-    elif SEARCH == "top_p":
-        equal = tl.ceil(share)
+    else:
+        # Those before which the mass does not reach the goal.
+        equal = tl.ceil((goal - mass) / tl.where(weight > 0.0, weight, 1.0))
         limited = tl.load(reals + 2 * n + row) < 1.0
-        tl.store(totals + row, mass + equal * weight, mask=limited)
         # A row without this filter keeps the cut it has.
         key = tl.where(limited, key, tl.load(cut + row))
         equal = tl.where(limited, equal, tl.load(kept + row).to(tl.float64))
-    else:
-        equal = tl.floor(share)
-        most = tl.where(key == tl.load(cut + row), tl.load(kept + row) - 1, 0x7FFFFFFF)
-        equal = tl.maximum(tl.minimum(equal, most.to(tl.float64)), 0.0)
     tl.store(cut + row, key)
     tl.store(kept + row, equal.to(tl.int64))
 
 
 @triton.jit
+def load_weights(logits, keys, reals, cut, row, chunk, n, vocab, row_stride, CHUNK: tl.constexpr):
+    """A chunk's tokens, the weights of those over the cut (else 0), which are equal to it, and the
+    weight of one of these."""
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    inside = token < vocab
+    x = tl.load(logits + row.to(tl.int64) * row_stride + token, mask=inside, other=0.0)
+    temperature = tl.load(reals + row)
+    temperature = tl.where(temperature > 0.0, temperature, 1.0)
+    peak, min_p = value_of(tl.load(keys + row)), tl.load(reals + n + row)
+    last = tl.load(cut + row)
+    key = key_of(x)
+    weights = tl.where(inside & (key > last), weight_of(x, peak, temperature, min_p), 0.0)
+    return (
+        token,
+        weights,
+        inside & (key == last),
+        weight_of(value_of(last), peak, temperature, min_p),
+    )
+
+
+@triton.jit(do_not_specialize=["n"])
+def mass_kernel(
+    logits, keys, reals, cut, masses, ties, n, vocab, chunks, row_stride, CHUNK: tl.constexpr
+):  # fmt: skip
+    """Of each chunk the mass of the tokens over the cut, and how many are equal to it."""
+    row, chunk = tl.program_id(0), tl.program_id(1)
+    _, weights, equal, _ = load_weights(
+        logits, keys, reals, cut, row, chunk, n, vocab, row_stride, CHUNK
+    )
+    tl.store(masses + row * chunks + chunk, tl.sum(weights))
+    tl.store(ties + row * chunks + chunk, tl.sum(equal.to(tl.int32)))
+
+
+@triton.jit(do_not_specialize=["n"])
 def pick_kernel(
-    logits, reals, tokens, drawn, rank, counts, n, vocab, chunks, row_stride,
+    logits, keys, reals, whole, cut, kept, masses, ties, tokens, n, vocab, chunks, row_stride,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """The token: of those with the drawn key the rank-th. Greedy and unusable rows stay."""
+    """The token where the sum passes the random number: first its chunk, then itself. Greedy and
+    unusable rows have theirs."""
     row = tl.program_id(0)
-    key, wanted = tl.load(drawn + row), tl.load(rank + row)
-    slot = 15 - (key & 15)
+    allowed = tl.load(kept + row)
     chunk = tl.arange(0, CHUNKS)
-    at = counts + (row * chunks + chunk) * 16 + slot
-    equal = tl.load(at, mask=chunk < chunks, other=0.0).to(tl.int64)
-    wanted = tl.minimum(wanted, tl.maximum(tl.sum(equal) - 1, 0))
-    through = tl.cumsum(equal, 0)
-    where = tl.min(tl.where(through > wanted, chunk, CHUNKS - 1))
-    wanted -= tl.sum(tl.where(chunk < where, equal, 0))
-    token = where * CHUNK + tl.arange(0, CHUNK)
-    x = tl.load(logits + row.to(tl.int64) * row_stride + token, mask=token < vocab, other=0.0)
-    same = ((key_of(x) == key) & (token < vocab)).to(tl.int32)
-    chosen = tl.min(tl.where((same > 0) & (tl.cumsum(same, 0) == wanted + 1), token, vocab - 1))
+    mass = tl.load(masses + row * chunks + chunk, mask=chunk < chunks, other=0.0)
+    equal = tl.load(ties + row * chunks + chunk, mask=chunk < chunks, other=0).to(tl.int64)
+    before = tl.cumsum(equal, 0) - equal
+    _, _, _, weight = load_weights(logits, keys, reals, cut, row, 0, n, vocab, row_stride, CHUNK)
+    some = tl.minimum(tl.maximum(allowed - before, 0), equal).to(tl.float64)
+    # Without a cut its weight means nothing.
+    mass += tl.where(some > 0.0, some * weight, 0.0)
+    goal = uniform_of(tl.load(whole + n + row), tl.load(whole + 2 * n + row)) * tl.sum(mass)
+    found = tl.min(tl.where(tl.cumsum(mass, 0) > goal, chunk, CHUNKS))
+    # Rounding may carry the goal to the very end: the last one with some weight is meant.
+    found = tl.where(found == CHUNKS, tl.max(tl.where(mass > 0.0, chunk, 0)), found)
+    goal -= tl.sum(tl.where(chunk < found, mass, 0.0))
+    allowed -= tl.sum(tl.where(chunk < found, equal, 0))
+
+    token, weights, same, _ = load_weights(
+        logits, keys, reals, cut, row, found, n, vocab, row_stride, CHUNK
+    )
+    first = same & (tl.cumsum(same.to(tl.int32), 0) <= allowed)
+    weights = tl.where(first, weight, weights)
+    chosen = tl.min(tl.where(tl.cumsum(weights, 0) > goal, token, vocab))
+    chosen = tl.where(chosen == vocab, tl.max(tl.where(weights > 0.0, token, 0)), chosen)
     random = (tl.load(reals + row) > 0.0) & (tl.load(tokens + row) >= 0)
     tl.store(tokens + row, chosen.to(tl.int64), mask=random)
 
@@ -289,13 +327,41 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     begin_kernel[(n,)](peaks, tokens, keys, chunks, CHUNKS=sizes["CHUNKS"], num_warps=1)
     if not rows.random:
         return tokens
-    kept.fill_(vocab)
-    cut = torch.zeros(n, dtype=torch.int64, device=logits.device)
+    kept.zero_()
+    cut = torch.zeros(n, dtype=torch.int64, device=logits.device)  # under every key
+    stride = logits.stride(0)
+    if rows.top_k or rows.top_p:
+        find_cuts(logits, rows, keys, cut, kept, sizes)
+    masses = torch.empty(n, chunks, dtype=torch.float64, device=logits.device)
+    ties = torch.empty(n, chunks, dtype=torch.int32, device=logits.device)
+    mass_kernel[(n, chunks)](
+        logits, keys, rows.reals, cut, masses, ties, n, vocab, chunks, stride,
+        CHUNK=CHUNK, num_warps=4,
+    )  # fmt: skip
+    pick_kernel[(n,)](
+        logits, keys, rows.reals, rows.whole, cut, kept, masses, ties, tokens,
+        n, vocab, chunks, stride, num_warps=4, **sizes,
+    )  # fmt: skip
+    return tokens
+
+
+def find_cuts(
+    logits: torch.Tensor,
+    rows: SamplingRows,
+    keys: torch.Tensor,
+    cut: torch.Tensor,
+    kept: torch.Tensor,
+    sizes: dict[str, int],
+) -> None:
+    """Writes what top-k and then top-p let through: keys over cut [n], and the first kept [n] of
+    those equal to it."""
+    n, vocab = logits.shape
+    chunks = triton.cdiv(vocab, CHUNK)
     totals = torch.empty(n, dtype=torch.float64, device=logits.device)
     state = torch.zeros(2, 4, n, dtype=torch.float64, device=logits.device)
     parts = torch.zeros(2, 2, n, chunks, 16, dtype=torch.float64, device=logits.device)
     searches = [s for s, used in (("top_k", rows.top_k), ("top_p", rows.top_p)) if used]
-    for index, search in enumerate([*searches, "draw"]):
+    for index, search in enumerate(searches):
         state[0].zero_()
         for step in range(PASSES):
             narrow_kernel[(n, chunks)](
@@ -303,16 +369,10 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
                 parts[(step + 1) % 2], parts[step % 2], state[(step + 1) % 2], state[step % 2],
                 n, vocab, chunks, logits.stride(0), 28 - 4 * step,
                 SEARCH=search, PASS=min(step, 2), FIRST=index == 0,
-                COUNTED=search == "top_k" or step == PASSES - 1, SLICE=min(SLICE, CHUNK),
-                num_warps=8, **sizes,
+                SLICE=min(SLICE, CHUNK), num_warps=8, **sizes,
             )  # fmt: skip
         last = (PASSES - 1) % 2
         settle_kernel[(n,)](
             keys, rows.reals, totals, cut, kept, parts[last], state[last], n, chunks,
             SEARCH=search, CHUNKS=sizes["CHUNKS"], num_warps=1,
         )  # fmt: skip
-    pick_kernel[(n,)](
-        logits, rows.reals, tokens, cut, kept, parts[last, 1], n, vocab, chunks, logits.stride(0),
-        num_warps=4, **sizes,
-    )  # fmt: skip
-    return tokens

@@ -286,20 +286,22 @@ class MeetResponse(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., test_transfer_ms: _Optional[float] = ..., version: _Optional[str] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "handoff", "token_ids", "num_tokens", "first_block", "tenant")
+    __slots__ = ("request_id", "handoff", "token_ids", "num_tokens", "first_block", "tenant", "max_tokens_ahead")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_AHEAD_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     handoff: Handoff
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     num_tokens: int
     first_block: int
     tenant: str
-    def __init__(self, request_id: _Optional[str] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[int] = ..., first_block: _Optional[int] = ..., tenant: _Optional[str] = ...) -> None: ...
+    max_tokens_ahead: int
+    def __init__(self, request_id: _Optional[str] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[int] = ..., first_block: _Optional[int] = ..., tenant: _Optional[str] = ..., max_tokens_ahead: _Optional[int] = ...) -> None: ...
 
 class Handoff(_message.Message):
     __slots__ = ("id", "incarnation", "generation", "lease_ms")

@@ -11,7 +11,8 @@ in, in seconds of one monotonic clock.
 
 import enum
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from common.errors import HandoffError
 from common.kv.layout import KVLayout
@@ -23,12 +24,14 @@ REMEMBERED_HANDOFFS = 4096
 
 @dataclass(frozen=True, slots=True)
 class PrefillCandidates:
-    """What a decode worker's request says about prefill: gRPC addresses, best first, and the span
-    that the handoff belongs to (W3C trace context)."""
+    """What a decode worker's request says about prefill: gRPC addresses, best first, the span that
+    the handoff belongs to (W3C trace context), and who is told, on the engine's thread, where the
+    prompt is prefilled: `handed_over`, or why it is prefilled here."""
 
     addresses: tuple[str, ...]
     traceparent: str = ""
     tracestate: str = ""
+    note: Callable[[str], None] = field(default=lambda why: None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +61,15 @@ class HandoffPolicy:
     """When to ask another worker for prefill, and for how long.
 
     min_tokens       uncached prompt tokens under which the decode worker prefills by itself
+    max_tokens_ahead prompt tokens that a prefill worker may have under way when it is asked; one
+                     that has more is passed over
     lease_s          longest one attempt may take, in seconds; never past the request's deadline
     stall_timeout_s  longest wait for the next block of an attempt, in seconds
     max_attempts     candidates that are asked before the decode worker prefills by itself
     """
 
     min_tokens: int = 64
+    max_tokens_ahead: int = 16384
     lease_s: float = 60.0
     stall_timeout_s: float = 10.0
     max_attempts: int = 3

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import xxhash
 
 from common.errors import WireError
+from common.kv.keys import chain_keys
 from common.kv.layout import KVLayout
 
 Buffer = bytes | bytearray | memoryview
@@ -203,6 +204,18 @@ def partial_block_key(
     digest.update(struct.pack(f"<B{len(token_ids)}I", parent is None, *token_ids))
     digest.update(fingerprint)
     return digest.digest()
+
+
+def covering_keys(
+    token_ids: list[int], block_size: int, fingerprint: bytes, tenant: str
+) -> list[bytes]:
+    """Keys of all blocks that the tokens cover, the last one's too when it is not full."""
+    full = len(token_ids) // block_size * block_size
+    keys = list(chain_keys(token_ids[:full], block_size, fingerprint, tenant))
+    if full < len(token_ids):
+        parent = keys[-1] if keys else None
+        keys.append(partial_block_key(parent, token_ids[full:], fingerprint, tenant))
+    return keys
 
 
 def _checksum(fields: Buffer, payload: Buffer) -> int:

@@ -6,7 +6,7 @@ from common.kv.connectors.registry import ConnectorContext, make_connector, pars
 from common.kv.connectors.store import StoreConnector
 from common.rpc.loop import LoopThread
 from common.worker.settings import WorkerSettings
-from common.worker.timeline import NotedHandoff, TimedConnector
+from common.worker.timeline import TimedConnector
 
 
 def chain(
@@ -19,7 +19,7 @@ def chain(
     members: list[KVConnector] = []
     for name, argument in parse_connectors(settings.kv_connectors):
         if name == "handoff":
-            members.append(NotedHandoff(handoff))
+            members.append(handoff)
         elif name != "store":
             members.append(make_connector(name, ConnectorContext(role, argument, loop)))
         elif settings.kvstore_addresses:

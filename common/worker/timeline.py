@@ -15,7 +15,7 @@ class Timeline:
     """Times are time.time_ns(), 0 where the request never got there. Written on the engine's
     thread, read after the request's last output.
 
-    handoff_tokens  prompt tokens whose KV a prefill worker was asked for
+    prefill_reason  `handed_over`, or why the prompt was prefilled where it is decoded
     start_tokens    tokens that had KV when the sequence was first scheduled
     """
 
@@ -23,8 +23,11 @@ class Timeline:
     admitted_ns: int = 0
     scheduled_ns: int = 0
     computed_ns: int = 0
-    handoff_tokens: int = 0
+    prefill_reason: str = ""
     start_tokens: int = 0
+
+    def note_prefill(self, why: str) -> None:
+        self.prefill_reason = why
 
 
 def now_ns() -> int:
@@ -116,18 +119,6 @@ class TimedConnector(ForwardingConnector):
         if timeline is not None:
             timeline.computed_ns = now_ns()
         return super().request_finished(sequence, block_ids)
-
-
-class NotedHandoff(ForwardingConnector):
-    """Around the handoff connector alone: notes how many tokens it was asked for."""
-
-    def update_state_after_alloc(
-        self, sequence: "Sequence", block_ids: list[int], num_external_tokens: int
-    ) -> None:
-        timeline = _timeline(sequence)
-        if timeline is not None and num_external_tokens:
-            timeline.handoff_tokens = num_external_tokens
-        super().update_state_after_alloc(sequence, block_ids, num_external_tokens)
 
 
 def _timeline(sequence: "Sequence") -> Timeline | None:

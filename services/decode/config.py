@@ -21,6 +21,12 @@ class DecodeConfig(WorkerSettings):
     remote_prefill_min_tokens: int = Field(
         64, ge=1, description="prompts with fewer uncached tokens are prefilled here"
     )
+    remote_prefill_max_tokens_ahead: int = Field(
+        16384,
+        ge=0,
+        description="prompt tokens under way at a prefill worker over which it is passed over; "
+        "0: no limit",
+    )
     handoff_lease_s: float = Field(
         60.0, gt=0, le=3600, description="most seconds that one prefill worker gets"
     )
@@ -39,6 +45,7 @@ class DecodeConfig(WorkerSettings):
     def handoff_policy(self) -> HandoffPolicy:
         return HandoffPolicy(
             min_tokens=self.remote_prefill_min_tokens,
+            max_tokens_ahead=self.remote_prefill_max_tokens_ahead,
             lease_s=self.handoff_lease_s,
             stall_timeout_s=self.handoff_stall_s,
             max_attempts=self.handoff_attempts,

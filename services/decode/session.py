@@ -30,8 +30,6 @@ class Live:
     engine_id: str
     span: Span
     timeline: Timeline
-    prompt_tokens: int
-    candidates: int
     tokens: int = 0
     answered: bool = False
     first_token_ns: int = 0
@@ -77,8 +75,6 @@ class Session:
             engine_id=f"{self.number}/{submit.request_id}",
             span=span,
             timeline=Timeline(now_ns()),
-            prompt_tokens=len(submit.token_ids),
-            candidates=len(submit.prefill_candidates),
         )
         request = self._engine_request(submit, live)
         self._live[live.request_id] = live
@@ -97,7 +93,12 @@ class Session:
             output_tokens=submit.output_tokens,
             tenant=submit.tenant,
             deadline=time.monotonic() + submit.remaining_ms / 1000,
-            transfer=PrefillCandidates(tuple(submit.prefill_candidates), traceparent, tracestate),
+            transfer=PrefillCandidates(
+                tuple(submit.prefill_candidates),
+                traceparent,
+                tracestate,
+                live.timeline.note_prefill,
+            ),
             trace=live.timeline,
         )
 
@@ -164,7 +165,7 @@ class Session:
             self._tracing.record(
                 "decode.generate", parent, live.first_token_ns, end, {"tokens": live.tokens}
             )
-        where, reason = prefill_choice(live)
+        where, reason = prefill_choice(timeline)
         live.span.set_attribute("prefill.where", where)
         live.span.set_attribute("prefill.reason", reason)
         live.span.set_attribute("tokens.cached", output.cached_tokens)
@@ -175,15 +176,8 @@ class Session:
         live.span.end(end_time=end)
 
 
-def prefill_choice(live: Live) -> tuple[str, str]:
+def prefill_choice(timeline: Timeline) -> tuple[str, str]:
     """Where the prompt was prefilled, remote or local, and why."""
-    timeline = live.timeline
-    if live.candidates == 0:
-        return "local", "no_candidates"
-    if timeline.handoff_tokens == 0:
-        return "local", "few_uncached_tokens"
-    if not timeline.scheduled_ns:
-        return "remote", "ended_before_it_came"
-    if timeline.start_tokens < live.prompt_tokens - 1:
-        return "local", "handoff_failed"
-    return "remote", "handed_over"
+    why = timeline.prefill_reason or "ended_before_it_was_decided"
+    remote = why in ("handed_over", "ended_before_it_came")
+    return "remote" if remote else "local", why

@@ -1,9 +1,10 @@
 """PrefillService: one call is one prompt, computed here, its KV pushed to a decode worker."""
 
 import asyncio
+import contextlib
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import grpc
@@ -14,7 +15,7 @@ from baton.v1 import worker_pb2 as pb
 from baton.v1 import worker_pb2_grpc
 from common.engine.sampling_params import SamplingParams
 from common.engine.sequence import EngineRequest, RequestOutput
-from common.errors import BatonError, Cancelled, InvalidRequest
+from common.errors import BatonError, Cancelled, InvalidRequest, Overloaded
 from common.kv.connectors.handoff import HandoffSender, SendResult
 from common.kv.handoff import HandoffTarget
 from common.telemetry.tracing import Tracing, context_of, extract, fail, inject
@@ -39,6 +40,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
         self._meetings = meetings
         self._tracing = tracing
         self._numbers = itertools.count()
+        self._tokens_ahead = 0
 
     async def Meet(
         self, request: pb.MeetRequest, context: grpc.aio.ServicerContext
@@ -70,9 +72,10 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
                 "worker.id": self._host.worker_id,
             },
         )
+        job = partial(_engine_request, request, decode, context.time_remaining(), span)
         try:
-            job = partial(_engine_request, request, decode, context.time_remaining(), span)
-            return await self._run(request.request_id, job, span)
+            with self._counted(request):
+                return await self._run(request.request_id, job, span)
         except asyncio.CancelledError:
             fail(span, "cancelled by the caller")
             raise
@@ -81,6 +84,23 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
             raise
         finally:
             span.end()
+
+    @contextlib.contextmanager
+    def _counted(self, request: pb.PrefillRequest) -> Iterator[None]:
+        """Count a prompt as under way. Raises Overloaded when others of too many tokens are."""
+        ahead, most = self._tokens_ahead, request.max_tokens_ahead
+        if 0 < most < ahead:
+            raise Overloaded(
+                f"prompts of {ahead} tokens are under way here, over the {most} that the caller "
+                "wants to wait for; ask another worker, or prefill where it decodes"
+            )
+        block_size = self._host.model_card().block_size
+        wanted = request.num_tokens - request.first_block * block_size
+        self._tokens_ahead += wanted
+        try:
+            yield
+        finally:
+            self._tokens_ahead -= wanted
 
     async def _run(
         self, name: str, request: Callable[[str, Timeline], EngineRequest], span: Span

@@ -1,9 +1,11 @@
 """The store first, a handoff for the rest."""
 
+import asyncio
 import random
 
 import pytest
 
+from common.errors import Unavailable
 from common.kv.connector import KVConnector
 from common.kv.connectors.chain import ChainConnector
 from common.kv.connectors.handoff import HandoffReceiver
@@ -196,13 +198,70 @@ def test_a_sequence_waits_until_every_member_is_done_and_errors_come_with_it():
     a.failed, a.done = {sequence.block_table[1]}, {"r"}
     worker.turn()
     assert worker.scheduler.num_loading == 1
-    b.done = {"r"}
+    b.done, b.tokens = {"r"}, 0
     # Neither wrote a page here: only what is computed may be read.
     for page in sequence.block_table[:1]:
         worker.cache[page] = 0
     worker._check_past = lambda sequence, length: None
     worker.run("r")
     assert worker.computed_tokens == 100 - 16
+
+
+def test_what_one_member_failed_to_load_another_is_asked_for_once():
+    a, b = Scripted(0), Scripted(64)
+    worker = Worker(ChainConnector([a, b]))
+    sequence = worker.submit("r", prompt_of(100, seed=5))
+    worker.turn()
+    blocks = list(sequence.block_table)
+    b.failed, b.done, a.tokens = {blocks[1], blocks[3]}, {"r"}, None
+    worker.turn()  # `a` does not know yet
+    assert worker.scheduler.num_loading == 1
+    a.tokens = 32
+    worker.turn()
+    assert a.asked == [0, 16, 16]
+    assert a.given[-1] == (blocks[:3], 32)
+    a.failed, a.done = {blocks[2]}, {"r"}
+    worker._check_past = lambda sequence, length: None  # nobody wrote a page
+    worker.run("r")
+    assert worker.computed_tokens == 100 - 32
+    assert worker.connector.take_events() == {"loads_tried_again": 1}
+    assert b.asked == [0]
+
+
+def test_a_member_that_offers_more_than_there_are_blocks_for_is_not_asked_again():
+    a, b = Scripted(64), Scripted(0)
+    worker = Worker(ChainConnector([a, b]))
+    sequence = worker.submit("r", prompt_of(100, seed=5))
+    worker.turn()
+    a.failed, a.done, b.tokens = {sequence.block_table[1]}, {"r"}, 49
+    worker._check_past = lambda sequence, length: None
+    worker.run("r")
+    assert worker.computed_tokens == 100 - 16
+    assert b.given == [(sequence.block_table, 0)] or b.given[0][1] == 0
+
+
+def test_what_no_prefill_worker_could_send_the_store_has_by_then(store, decode):
+    """The store gets it between the two questions, as from the prefill worker that then died."""
+    prompt = prompt_of(200, seed=10)
+    saving = Worker(StoreConnector([store.address], settings=PATIENT))
+    dying = PrefillWorker()
+
+    async def save_and_die(request):
+        sequence = saving.submit("first", prompt)
+        saving.run("first")
+        await asyncio.to_thread(until, lambda: store.lookup(*sequence.block_keys[:12]) == 12)
+        raise Unavailable("the prefill worker dies")
+
+    dying.spoil = save_and_die
+    decode.submit("r", prompt, transfer=PrefillCandidates((dying.address,)))
+    output = decode.run("r")
+    assert decode.computed_tokens == 200 - 192
+    assert output.cached_tokens == 192
+    events = decode.connector.take_events()
+    assert (events["loads_tried_again"], events["prefill_handoff_failed"]) == (1, 1)
+    assert decode.idle()
+    saving.connector.shutdown()
+    dying.stop()
 
 
 def test_one_member_that_does_not_know_yet_makes_the_sequence_wait():

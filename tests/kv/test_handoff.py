@@ -78,6 +78,7 @@ def test_the_decode_worker_computes_only_the_last_token(prefill, decode, length)
         "handoff_blocks_received": blocks,
         "handoff_bytes_received": blocks * LAYOUT.block_bytes,
         "handoffs_completed": 1,
+        "prefill_handed_over": 1,
         "transport_frames_received_shm": frames,
         "transport_bytes_received_shm": (
             blocks * LAYOUT.block_bytes + frames * FRAME_OVERHEAD_BYTES

@@ -144,6 +144,26 @@ async def test_a_prefill_worker_that_hangs_costs_time_and_no_token(start, model)
     await decode.idle()
 
 
+async def test_a_loaded_prefill_worker_is_passed_over_and_the_trace_says_why(start, model):
+    prefill = start("prefill", flags=("--max-num-batched-tokens", "1"))
+    decode = start("decode", flags=("--remote-prefill-max-tokens-ahead", "500"))
+    trace_id, parent = new_trace()
+    async with GatewaySession(decode.address) as session:
+        _, first = await begin_long_prefill(session, prefill, 6000)
+        prompt = random_prompt(200, seed=6100)
+        second = await session.submit(prompt, candidates=[prefill.address], traceparent=parent)
+        await second.end()
+        assert first.tokens == []
+        assert is_greedy(model, prompt, second.tokens, 16)
+        await session.cancel(first.id)
+        await first.end()
+    attributes = (await spans_of(decode, trace_id))["decode.request"].attributes
+    assert (attributes["prefill.where"], attributes["prefill.reason"]) == ("local", "pool_loaded")
+    counters = (await decode.idle()).load.counters
+    assert counters["prefill_pool_loaded"] == 1
+    assert counters["prefill_ended_before_it_came"] == 1
+
+
 async def test_a_cancelled_request_stops_the_prefill_worker_too(start, decode):
     prefill = start("prefill", flags=("--max-num-batched-tokens", "1"))
     async with GatewaySession(decode.address) as session:
@@ -179,13 +199,16 @@ async def test_workers_that_do_not_fit_each_other_share_no_kv(start, model, kind
         shown = value.hex() if isinstance(value, bytes) else str(value)
         assert all(shown in text for text in told), (shown, told)
     prompt = random_prompt(200, seed=2000 + len(kind))
+    trace_id, parent = new_trace()
     async with GatewaySession(decode.address) as session:
-        reply = await session.submit(prompt, candidates=[prefill.address])
+        reply = await session.submit(prompt, candidates=[prefill.address], traceparent=parent)
         await reply.end()
         assert reply.error is None
         assert is_greedy(model, prompt, reply.tokens, 16)
     # It is not even asked.
     assert decode.events("handoff_attempt_failed") == []
+    span = (await spans_of(decode, trace_id))["decode.request"]
+    assert span.attributes["prefill.reason"] == "no_candidate_fits"
 
 
 class Caller:

@@ -11,22 +11,31 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Share:
-    """What the members load for one sequence: from token `start` on, `tokens` by member, between
-    steps or within one; who is still at it, and which blocks failed so far."""
+    """What the members load for one sequence: from token `start` on, (member, tokens) one after
+    another, between steps or within one; who is still at it, which blocks failed so far, and
+    whether the members were asked a second time."""
 
+    sequence: "Sequence"
     start: int
-    tokens: list[int]
-    between_steps: bool
+    between_steps: bool = False
+    parts: list[tuple[int, int]] = field(default_factory=list)
     loading: set[int] = field(default_factory=set)
     block_ids: list[int] = field(default_factory=list)
     failed: set[int] = field(default_factory=set)
+    asked_again: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return sum(tokens for _, tokens in self.parts)
 
 
 class ChainConnector(KVConnector):
     """Asks its members in order: the store first, then a handoff for what the store lacks.
 
     A sequence is done loading when every member is; failed blocks are reported only then, so that
-    the engine never computes into a block that another member still fills. A sequence is loaded
+    the engine never computes into a block that another member still fills. Before that the members
+    are asked once more, but for the one that failed, from the first failed block on: what no
+    prefill worker could send, the store may have by now. A sequence is loaded
     either between steps or within one, as the first member that has something of it says: members
     that load the other way are left out.
     """
@@ -35,8 +44,9 @@ class ChainConnector(KVConnector):
         self._members = list(members)
         self._block_size = 0
         self._shares: dict[str, _Share] = {}
-        # Shares of what was loaded, until the engine asks what of it was cached.
-        self._loaded: dict[str, list[int]] = {}
+        # Who loaded what, until the engine asks what of it was cached.
+        self._loaded: dict[str, list[tuple[int, int]]] = {}
+        self._loads_again = 0
         self._failed: set[int] = set()
         self._sending: dict[str, set[int]] = {}
 
@@ -45,20 +55,18 @@ class ChainConnector(KVConnector):
     def get_num_new_matched_tokens(
         self, sequence: "Sequence", num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        share = _Share(num_computed_tokens, [], False)
-        reached = num_computed_tokens
-        for member in self._members:
+        share = _Share(sequence, num_computed_tokens)
+        for i, member in enumerate(self._members):
+            reached = share.start + share.tokens
             found, later = member.get_num_new_matched_tokens(sequence, reached)
             if found is None:
                 return None, True
-            if reached == num_computed_tokens:
+            if not share.tokens:
                 share.between_steps = later
-            elif later != share.between_steps:
-                found = 0
-            share.tokens.append(found)
-            reached += found
+            if found and later == share.between_steps:
+                share.parts.append((i, found))
         self._shares[sequence.request_id] = share
-        return reached - num_computed_tokens, share.between_steps
+        return share.tokens, share.between_steps
 
     def update_state_after_alloc(
         self, sequence: "Sequence", block_ids: list[int], num_external_tokens: int
@@ -71,23 +79,22 @@ class ChainConnector(KVConnector):
             return
         share.block_ids = list(block_ids)
         if share.between_steps:
-            share.loading = {i for i, tokens in enumerate(share.tokens) if tokens}
+            share.loading = {i for i, _ in share.parts}
         else:
-            self._loaded[sequence.request_id] = share.tokens
-        reached = share.start
-        for member, tokens in zip(self._members, share.tokens, strict=True):
+            self._loaded[sequence.request_id] = share.parts
+        reached, parts = share.start, dict(share.parts)
+        for i, member in enumerate(self._members):
+            tokens = parts.get(i, 0)
             reached += tokens
             covered = block_ids[: -(-reached // self._block_size)] if tokens else block_ids
             member.update_state_after_alloc(sequence, covered, tokens)
 
     def num_cached_tokens(self, sequence: "Sequence", num_loaded_tokens: int) -> int:
         cached, left = 0, num_loaded_tokens
-        for member, tokens in zip(
-            self._members, self._loaded.pop(sequence.request_id, ()), strict=False
-        ):
-            share = min(left, tokens)
-            left -= share
-            cached += member.num_cached_tokens(sequence, share) if share else 0
+        for i, tokens in self._loaded.pop(sequence.request_id, ()):
+            part = min(left, tokens)
+            left -= part
+            cached += self._members[i].num_cached_tokens(sequence, part) if part else 0
         return cached
 
     def build_connector_meta(self, plan: "StepPlan | None") -> Any:
@@ -108,7 +115,7 @@ class ChainConnector(KVConnector):
         return bool(keeps)
 
     def take_events(self) -> dict[str, int]:
-        events: dict[str, int] = {}
+        events, self._loads_again = {"loads_tried_again": self._loads_again}, 0
         for member in self._members:
             for name, count in member.take_events().items():
                 events[name] = events.get(name, 0) + count
@@ -152,12 +159,40 @@ class ChainConnector(KVConnector):
         self._collect_failures()
         for request_id, share in list(self._shares.items()):
             if share.block_ids and not share.loading:
+                if share.between_steps and share.failed and not self._ask_again(share):
+                    continue
                 self._failed |= share.failed
                 del self._shares[request_id]
                 if share.between_steps:
                     loaded.add(request_id)
-                    self._loaded[request_id] = share.tokens
+                    self._loaded[request_id] = share.parts
         return sent, loaded
+
+    def _ask_again(self, share: _Share) -> bool:
+        """Have a member load from the first failed block on. True when nobody does: the load is
+        over; False while one loads, or does not know yet."""
+        if share.asked_again:
+            return True
+        size = self._block_size
+        first = min(share.block_ids.index(block) for block in share.failed)
+        covered = min(share.start + share.tokens, len(share.block_ids) * size)
+        failed = _member_at(share.parts, first * size - share.start)
+        for i, member in enumerate(self._members):
+            if i == failed:
+                continue
+            found, later = member.get_num_new_matched_tokens(share.sequence, first * size)
+            if found is None:
+                return False
+            # The sequence has blocks for what was to be loaded, and for no more.
+            if found and later and first * size + found <= covered:
+                end = -(-(first * size + found) // size)
+                member.update_state_after_alloc(share.sequence, share.block_ids[:end], found)
+                self._loads_again += 1
+                share.asked_again, share.loading = True, {i}
+                share.failed.difference_update(share.block_ids[first:end])
+                share.parts = [*_first(share.parts, first * size - share.start), (i, found)]
+                return False
+        return True
 
     @staticmethod
     def _no_longer(waiting: dict[str, set[int]], request_id: str, member: int) -> bool:
@@ -189,3 +224,23 @@ class ChainConnector(KVConnector):
     def shutdown(self) -> None:
         for member in self._members:
             member.shutdown()
+
+
+def _first(parts: list[tuple[int, int]], tokens: int) -> list[tuple[int, int]]:
+    """The parts up to a number of tokens, the last one cut."""
+    kept = []
+    for member, count in parts:
+        count = min(count, tokens)
+        tokens -= count
+        if count:
+            kept.append((member, count))
+    return kept
+
+
+def _member_at(parts: list[tuple[int, int]], token: int) -> int:
+    """The member that was to load a token."""
+    for member, count in parts:
+        if token < count:
+            return member
+        token -= count
+    return -1

@@ -16,14 +16,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
-from opentelemetry.trace import Span
 
 from baton.v1 import worker_pb2
-from common.errors import BatonError, HandoffError, WireError
+from common.errors import BatonError, HandoffError, Overloaded, WireError
 from common.kv.connector import KVCaches, KVConnector
 from common.kv.connectors.pages import write_layers
 from common.kv.connectors.peers import Peers
-from common.kv.connectors.prefill_call import GrpcPrefill, Metadata, PrefillClient
+from common.kv.connectors.prefill_call import GrpcPrefill, PrefillClient
 from common.kv.connectors.transfer import CallEnded, Corrupt, Frame, Transfer
 from common.kv.handoff import (
     Accept,
@@ -33,12 +32,11 @@ from common.kv.handoff import (
     Verdict,
     WantedBlock,
 )
-from common.kv.keys import chain_keys
 from common.kv.transports import DataPlane, Transport
-from common.kv.wire import ENVELOPE_VERSION, decode_handoff_frame, partial_block_key
+from common.kv.wire import ENVELOPE_VERSION, covering_keys, decode_handoff_frame
 from common.rpc.discovery import join_address
 from common.rpc.loop import LoopThread
-from common.telemetry.tracing import Tracing, context_of, extract, fail, inject
+from common.telemetry.tracing import Tracing, fail
 
 if TYPE_CHECKING:
     from common.engine.sequence import Sequence, StepPlan
@@ -102,6 +100,8 @@ class HandoffReceiver(KVConnector):
         self._table: HandoffTable | None = None
         self._address = ""
         self._tried: set[str] = set()
+        # Why a sequence that asked is prefilled here, until it is admitted; empty: it is not.
+        self._here: dict[str, str] = {}
         self._to_start: list[Transfer] = []
         self._transfers: dict[bytes, Transfer] = {}
         self._by_request: dict[str, Transfer] = {}
@@ -172,21 +172,34 @@ class HandoffReceiver(KVConnector):
         self, sequence: "Sequence", num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         request = sequence.request
+        if (
+            not isinstance(request.transfer, PrefillCandidates)
+            or request.prefill_tokens is not None
+        ):
+            return 0, False
         lacking = sequence.prompt_len - 1 - num_computed_tokens
-        asks = (
-            isinstance(request.transfer, PrefillCandidates)
-            and bool(self.peers.in_order(request.transfer.addresses))
-            and request.prefill_tokens is None
-            and bool(self._address)
-            and lacking >= max(1, self._policy.min_tokens)
-            and sequence.request_id not in self._tried
-        )
-        return (lacking, True) if asks else (0, False)
+        why = self._why_here(sequence, lacking)
+        self._here[sequence.request_id] = why
+        return (0, False) if why else (lacking, True)
+
+    def _why_here(self, sequence: "Sequence", lacking: int) -> str:
+        """Why the prompt is prefilled here; empty when a prefill worker is to be asked."""
+        addresses = sequence.request.transfer.addresses
+        if not addresses or not self._address:
+            return "no_candidates"
+        if sequence.request_id in self._tried:
+            return "handoff_failed"
+        if lacking < max(1, self._policy.min_tokens):
+            return "few_uncached_tokens"
+        return "" if self.peers.in_order(addresses) else "no_candidate_fits"
 
     def update_state_after_alloc(
         self, sequence: "Sequence", block_ids: list[int], num_external_tokens: int
     ) -> None:
+        why = self._here.pop(sequence.request_id, None)
         if num_external_tokens == 0:
+            if why is not None and sequence.request_id not in self._tried:
+                self._say(sequence, why or "loaded_elsewhere")
             return
         caches = self._need_caches()
         tokens = sequence.prompt_len - 1
@@ -203,6 +216,11 @@ class HandoffReceiver(KVConnector):
         self._by_request[sequence.request_id] = transfer
         self._to_start.append(transfer)
 
+    def _say(self, sequence: "Sequence", why: str) -> None:
+        """Tell where the prompt is prefilled, to the request's trace and the counters."""
+        self._events[f"prefill_{why}"] += 1
+        sequence.request.transfer.note(why)
+
     def num_cached_tokens(self, sequence: "Sequence", num_loaded_tokens: int) -> int:
         cached = self._cached_tokens.pop(sequence.request_id, 0)
         return min(cached, num_loaded_tokens)
@@ -214,13 +232,7 @@ class HandoffReceiver(KVConnector):
         caches = self._need_caches()
         size = caches.layout.block_size
         tokens = sequence.request.prompt_token_ids[:-1]
-        tenant = sequence.request.tenant
-        full = len(tokens) // size
-        keys = chain_keys(tokens[: full * size], size, caches.fingerprint, tenant)
-        rest = tokens[full * size :]
-        if rest:
-            parent = keys[-1] if keys else None
-            keys = [*keys, partial_block_key(parent, rest, caches.fingerprint, tenant)]
+        keys = covering_keys(tokens, size, caches.fingerprint, sequence.request.tenant)
         return [
             WantedBlock(i, block_ids[i], keys[i], min(size, len(tokens) - i * size))
             for i in range(first_block, len(keys))
@@ -237,12 +249,14 @@ class HandoffReceiver(KVConnector):
 
     def request_finished(self, sequence: "Sequence", block_ids: list[int]) -> bool:
         self._tried.discard(sequence.request_id)
+        self._here.pop(sequence.request_id, None)
         self._done.discard(sequence.request_id)
         self._cached_tokens.pop(sequence.request_id, None)
         transfer = self._by_request.get(sequence.request_id)
         if transfer is not None and transfer.sequence is sequence:
             self._need_table().abort(transfer.id)
             self._events["handoffs_aborted"] += 1
+            self._say(sequence, "ended_before_it_came")
             self._release(transfer, "the request ended before its blocks came")
         return False
 
@@ -319,7 +333,7 @@ class HandoffReceiver(KVConnector):
             return
         if transfer.generation == 0:
             self._transfers[transfer.id] = transfer
-            transfer.span = self._start_span(transfer)
+            transfer.start_span(self._tracing)
             transfer.generation = table.open(
                 transfer.id, transfer.wanted, transfer.total, now + lease_s, now
             )
@@ -328,8 +342,8 @@ class HandoffReceiver(KVConnector):
         address = transfer.addresses[transfer.attempt]
         first_block = table.missing(transfer.id)[0].index
         request = self._request(transfer, first_block, lease_s)
-        metadata = self._metadata(transfer)
-        transfer.call = self._loop.run(self.peers.prefill(address, request, lease_s, metadata))
+        call = self.peers.prefill(address, request, lease_s, transfer.metadata())
+        transfer.call = self._loop.run(call)
         transfer.call.add_done_callback(partial(self._call_ended, transfer.id, transfer.generation))
 
     def _request(
@@ -348,6 +362,7 @@ class HandoffReceiver(KVConnector):
             num_tokens=len(request.prompt_token_ids) - 1,
             first_block=first_block,
             tenant=request.tenant,
+            max_tokens_ahead=self._policy.max_tokens_ahead,
         )
 
     def _introduction(self) -> worker_pb2.MeetRequest:
@@ -373,10 +388,12 @@ class HandoffReceiver(KVConnector):
         if transfer is None or transfer.generation != generation:
             return
         if error is None:
+            transfer.all_loaded = False
             # Frames are answered before the call is: what is missing now was never sent.
             missing = len(self._need_table().missing(handoff_id))
             self._next_attempt(transfer, f"the call ended well but {missing} blocks never came")
         else:
+            transfer.all_loaded = transfer.all_loaded and isinstance(error, Overloaded)
             if not isinstance(error, BatonError):
                 log.error("handoff_call_crashed", handoff=handoff_id.hex(), exc_info=error)
             self._next_attempt(transfer, str(error) or type(error).__name__)
@@ -385,7 +402,9 @@ class HandoffReceiver(KVConnector):
         if not self._transfers:
             return
         for overdue in self._need_table().expire(time.monotonic()):
-            self._next_attempt(self._transfers[overdue.handoff_id], overdue.reason)
+            transfer = self._transfers[overdue.handoff_id]
+            transfer.all_loaded = False
+            self._next_attempt(transfer, overdue.reason)
 
     def _next_attempt(self, transfer: Transfer, reason: str) -> None:
         addresses = transfer.addresses
@@ -411,6 +430,7 @@ class HandoffReceiver(KVConnector):
         self._failed_blocks.update(block.block_id for block in missing)
         self._done.add(transfer.request_id)
         self._events["handoffs_failed"] += 1
+        self._say(transfer.sequence, "pool_loaded" if transfer.all_loaded else "handoff_failed")
         self._release(transfer, reason)
 
     def _land(self, frame: Frame) -> Verdict:
@@ -429,6 +449,7 @@ class HandoffReceiver(KVConnector):
             self._done.add(transfer.request_id)
             self._cached_tokens[transfer.request_id] = transfer.cached_tokens
             self._events["handoffs_completed"] += 1
+            self._say(transfer.sequence, "handed_over")
             self._release(transfer, None)
         return Verdict.ACCEPTED
 
@@ -453,29 +474,6 @@ class HandoffReceiver(KVConnector):
         )
 
     # Small helpers ------------------------------------------------------------------------
-
-    def _start_span(self, transfer: Transfer) -> Span | None:
-        if self._tracing is None:
-            return None
-        candidates = transfer.sequence.request.transfer
-        return self._tracing.start(
-            "decode.handoff",
-            extract(candidates.traceparent, candidates.tracestate),
-            attributes={
-                "request.id": transfer.request_id,
-                "handoff.id": transfer.id.hex(),
-                "handoff.blocks": len(transfer.wanted),
-            },
-        )
-
-    def _metadata(self, transfer: Transfer) -> Metadata:
-        """W3C trace context for the call: this handoff's span, else the request's."""
-        candidates = transfer.sequence.request.transfer
-        parent, state = candidates.traceparent, candidates.tracestate
-        if transfer.span is not None:
-            parent, state = inject(context_of(transfer.span))
-        pairs = (("traceparent", parent), ("tracestate", state))
-        return tuple((name, value) for name, value in pairs if value)
 
     def _need_caches(self) -> KVCaches:
         return _registered(self._caches)

@@ -23,9 +23,8 @@ from common.kv.connector import KVCaches, KVConnector
 from common.kv.connectors.delivery import Delivery, Staged
 from common.kv.connectors.pages import copy_layers
 from common.kv.handoff import HandoffTarget
-from common.kv.keys import chain_keys
 from common.kv.transports import DataPlane, Transport
-from common.kv.wire import BlockRange, partial_block_key
+from common.kv.wire import BlockRange, covering_keys
 from common.rpc.loop import LoopThread
 from common.telemetry.tracing import Tracing, extract, fail
 
@@ -274,7 +273,13 @@ class HandoffSender(KVConnector):
         if job is not None:
             self._cancel(job)
         target: HandoffTarget = sequence.request.transfer
-        keys = self._keys(sequence)
+        caches = self._need_caches()
+        keys = covering_keys(
+            sequence.token_ids[: sequence.target],
+            caches.layout.block_size,
+            caches.fingerprint,
+            sequence.request.tenant,
+        )
         delivery = Delivery(target, len(keys), self._transport, lambda s: self._settled(job, s))
         job = _Job(target, sequence, keys, delivery, target.first_block)
         self._jobs[sequence.request_id] = job
@@ -288,18 +293,6 @@ class HandoffSender(KVConnector):
         self._loop.run(self._run(job))
         self._seal(job)
         return job
-
-    def _keys(self, sequence: "Sequence") -> list[bytes]:
-        """Keys of all blocks that the target's tokens cover, the partial last one included."""
-        caches = self._need_caches()
-        size = caches.layout.block_size
-        tokens, tenant = sequence.token_ids[: sequence.target], sequence.request.tenant
-        full = len(tokens) // size * size
-        keys = chain_keys(tokens[:full], size, caches.fingerprint, tenant)
-        if full == len(tokens):
-            return list(keys)
-        parent = keys[-1] if keys else None
-        return [*keys, partial_block_key(parent, tokens[full:], caches.fingerprint, tenant)]
 
     def _stage(self, job: _Job, block_ids: list[int], computed: int) -> None:
         """Copy the blocks that `computed` tokens complete and that were not copied before."""

@@ -186,7 +186,8 @@ class StoreConnector(KVConnector):
     def update_state_after_alloc(
         self, sequence: "Sequence", block_ids: list[int], num_external_tokens: int
     ) -> None:
-        lookup = self._lookups.get(sequence.request_id)
+        # Whoever asks again after this wants to know what there is by then.
+        lookup = self._lookups.pop(sequence.request_id, None)
         if num_external_tokens == 0 or lookup is None or not lookup.matched:
             return
         end = lookup.matched
@@ -332,9 +333,6 @@ class StoreConnector(KVConnector):
         if missing:
             self._events["store_blocks_lost"] += len(missing)
             self._failed_blocks.update(missing)
-            lookup = self._lookups.get(load.request_id)
-            if lookup is not None:
-                lookup.matched = 0
         self._done.add(load.request_id)
 
     # Calls, on the loop -------------------------------------------------------------------

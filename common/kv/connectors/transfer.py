@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from opentelemetry.trace import Span
 
+from common.kv.connectors.prefill_call import Metadata
 from common.kv.handoff import WantedBlock
 from common.kv.wire import Block, Envelope
+from common.telemetry.tracing import Tracing, context_of, extract, inject
 
 if TYPE_CHECKING:
     from common.engine.sequence import Sequence
@@ -16,7 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Transfer:
-    """One handoff as the engine's thread knows it. `addresses` are the prefill workers to ask."""
+    """One handoff as the engine's thread knows it.
+
+    addresses   the prefill workers to ask
+    all_loaded  those asked so far refused because they have too much to do
+    """
 
     id: bytes
     sequence: "Sequence"
@@ -27,12 +33,36 @@ class Transfer:
     attempt: int = 0
     generation: int = 0
     cached_tokens: int = 0
+    all_loaded: bool = True
     call: "Future[Any] | None" = None
     span: Span | None = None
 
     @property
     def request_id(self) -> str:
         return self.sequence.request_id
+
+    def start_span(self, tracing: Tracing | None) -> None:
+        if tracing is None:
+            return
+        candidates = self.sequence.request.transfer
+        self.span = tracing.start(
+            "decode.handoff",
+            extract(candidates.traceparent, candidates.tracestate),
+            attributes={
+                "request.id": self.request_id,
+                "handoff.id": self.id.hex(),
+                "handoff.blocks": len(self.wanted),
+            },
+        )
+
+    def metadata(self) -> Metadata:
+        """W3C trace context for the call: this handoff's span, else the request's."""
+        candidates = self.sequence.request.transfer
+        parent, state = candidates.traceparent, candidates.tracestate
+        if self.span is not None:
+            parent, state = inject(context_of(self.span))
+        pairs = (("traceparent", parent), ("tracestate", state))
+        return tuple((name, value) for name, value in pairs if value)
 
 
 @dataclass(frozen=True, slots=True)

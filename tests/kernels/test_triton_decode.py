@@ -35,13 +35,13 @@ def test_groups_and_head_sizes(group, d, kv):
 @pytest.mark.parametrize("kv", [HALF, FP8])
 @pytest.mark.parametrize("block_size", [1, 16, 32])
 def test_contexts_at_the_edges_of_blocks_tiles_and_splits(block_size, kv):
-    contexts = [1, 2, 15, 16, 17, 31, 32, 33, 127, 128, 129, 255, 256, 257, 513]
-    check(contexts, 4, 2, 64, block_size, kv, HALF)
+    contexts = [1, 15, 16, 17, 32, 33, 128, 129, 256, 257, 513]
+    check(contexts, 2, 1, 64, block_size, kv, HALF)
 
 
 @pytest.mark.parametrize("kv", [FLOAT, FP8, HALF])
 def test_float32_queries_compute_in_float32(kv):
-    check([5, 70, 300], 4, 2, 64, 16, kv, FLOAT)
+    check([5, 70, 260], 4, 2, 64, 16, kv, FLOAT)
 
 
 @pytest.mark.parametrize("kv", [HALF, FP8])
@@ -65,13 +65,13 @@ def test_blocks_before_the_window_may_be_anybodys(monkeypatch):
 def test_contexts_of_more_splits_than_are_merged_get_longer_ones(monkeypatch):
     monkeypatch.setattr(decode, "MAX_SPLITS", 4)
     monkeypatch.setattr(decode, "SPLIT_TOKENS", 128)
-    check([1, 128, 512, 513, 1500], 2, 1, 64, 16, HALF, HALF)
+    check([1, 512, 513, 900], 2, 1, 64, 16, HALF, HALF)
 
 
 def test_a_sequence_gets_the_same_bits_alone_in_a_batch_and_under_a_larger_bound():
-    contexts = [300, 1, 700, 16]
-    pages, table = fill(contexts, 2, 64, 16, FP8, seed=3)
-    q = torch.randn(4, 8, 64, generator=torch.Generator().manual_seed(4)).to(HALF)
+    contexts = [300, 1, 600, 16]
+    pages, table = fill(contexts, 1, 64, 16, FP8, seed=3)
+    q = torch.randn(4, 4, 64, generator=torch.Generator().manual_seed(4)).to(HALF)
     length = torch.tensor(contexts, dtype=torch.int32)
     args = (pages.payload, pages.scales)
     together = decode_attention(q, *args, table, length, 4096, scale=0.125)

@@ -45,14 +45,14 @@ def test_groups_and_head_sizes(group, d, kv):
 @pytest.mark.parametrize("kv", [HALF, FP8])
 @pytest.mark.parametrize("block_size", [1, 16, 32])
 def test_whole_prompts_chunks_after_a_prefix_and_single_queries_share_a_step(block_size, kv):
-    queries = [1, 15, 16, 33, 1, 65, 7, 130]
-    contexts = [1, 15, 32, 33, 64, 65, 130, 201]
-    check(queries, contexts, 4, 2, 64, block_size, kv, HALF)
+    queries = [1, 15, 16, 33, 1, 65, 130]
+    contexts = [1, 15, 32, 33, 64, 130, 201]
+    check(queries, contexts, 2, 1, 64, block_size, kv, HALF)
 
 
 @pytest.mark.parametrize("kv", [FLOAT, FP8, HALF])
 def test_float32_queries_compute_in_float32(kv):
-    check([5, 3, 40], [5, 70, 100], 4, 2, 64, 16, kv, FLOAT)
+    check([5, 3, 20], [5, 70, 50], 4, 2, 64, 16, kv, FLOAT)
 
 
 @pytest.mark.parametrize("kv", [HALF, FP8])
@@ -74,13 +74,13 @@ def test_fp8_products_are_off_by_e4m3s_rounding_alone(group, d, window):
 
 def test_fp8_products_are_exact_where_q_and_the_probabilities_are():
     # Equal keys, so that the probabilities are equal and 448 times them is e4m3's largest.
-    pages, table = fill([100], 1, 64, 16, FP8, seed=1)
+    pages, table = fill([40], 1, 64, 16, FP8, seed=1)
     pages.payload[:, 0] = pages.payload[table[0, 0], 0, 0, 0].clone()
     pages.scales[:, 0] = pages.scales[table[0, 0], 0, 0, 0].clone()
     pages.scales[:, 1] = 0.25
-    q = torch.full((100, 2, 64), 3.0, dtype=HALF)
-    out = run(pages, table, [100], [100], q, fp8_products=True)
-    k, v = gather(pages, table[0, :7].tolist(), 100)
+    q = torch.full((40, 2, 64), 3.0, dtype=HALF)
+    out = run(pages, table, [40], [40], q, fp8_products=True)
+    k, v = gather(pages, table[0, :3].tolist(), 40)
     expected = attention64(q, k, v, 0.125, None)
     torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-3)
 

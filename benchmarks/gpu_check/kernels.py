@@ -83,7 +83,8 @@ def norms(report: Report) -> None:
         how = {"activation": form, "input_scale": given}
         fused = rms_norm(x.clone(), weight, EPS, delta=delta, **how)
         apart = quantize(plain, form, given)
-        report.same(f"rms_norm, quantized ({form})", fused.values, apart.values)
+        # Two compilations may add up a row's squares in another order.
+        report.same(f"rms_norm, quantized ({form})", fused.values, apart.values, but_for=1e-3)
         fused, apart = silu_mul(gate_up, **how), quantize(silu_mul(gate_up), form, given)
         report.same(f"silu * up, quantized ({form})", fused.values, apart.values)
 

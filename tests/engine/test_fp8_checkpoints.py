@@ -74,6 +74,23 @@ def test_modules_are_ignored_by_name_by_end_and_by_pattern(tmp_path):
     assert found.scheme("lm_head") is None
 
 
+def test_the_config_of_a_published_llama_is_read(tmp_path):
+    # As llm-compressor wrote it, everything that says nothing included.
+    empty = {"actorder": None, "block_structure": None, "group_size": None, "observer_kwargs": {}}
+    config = compressed(
+        {**CHANNEL, **empty, "observer": "minmax"},
+        {**TOKEN, **empty, "observer": None},
+        global_compression_ratio=1.24,
+        quantization_status="frozen",
+        sparsity_config={"format": "dense", "global_sparsity": 0.14, "targets": []},
+        transform_config={},
+        version="0.12.3",
+    )
+    config["config_groups"]["group_0"].update(output_activations=None, format="float-quantized")
+    scheme = parse(tmp_path, config).scheme("model.layers.0.mlp.up_proj")
+    assert (scheme.weight, scheme.activation) == ("channel", "token")
+
+
 def test_groups_give_their_modules_their_schemes(tmp_path):
     config = compressed(CHANNEL, TOKEN)
     config["config_groups"] = {

@@ -158,10 +158,11 @@ def _fp8(section: JsonReader) -> Quantization:
 def _compressed_tensors(section: JsonReader) -> Quantization:
     if section.raw.get("format", FORMATS[0]) not in FORMATS:
         raise _refuse(section, "format")
-    for name in ("sparsity_config", "transform_config"):
-        value = section.raw.get(name)
-        if value and value != {"format": "dense"}:
-            raise _refuse(section, name)
+    sparsity = section.section("sparsity_config")
+    if sparsity is not None and sparsity.raw.get("format", "dense") != "dense":
+        raise _refuse(sparsity, "format")
+    if section.raw.get("transform_config"):
+        raise _refuse(section, "transform_config")
     groups = section.section("config_groups")
     parsed = [] if groups is None else [_group(groups, name) for name in groups.raw]
     return Quantization(tuple(parsed), _names(section, "ignore"), fp8_kv=_kv_scheme(section))

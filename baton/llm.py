@@ -67,6 +67,7 @@ class LLM:
                       seed + i, so that a call can be repeated; None: drawn at random
     threads           torch threads; None: torch's choice
     tensor_parallel_size  processes that compute together, this one among them
+    batch_invariant   results do not depend, to the bit, on the rest of a step; slower, CPU only
 
     Raises CheckpointError or ConfigError for what cannot be served.
     """
@@ -92,6 +93,7 @@ class LLM:
         async_scheduling: bool | None = None,
         threads: int | None = None,
         tensor_parallel_size: int = 1,
+        batch_invariant: bool = False,
     ) -> None:
         self.config = EngineConfig(
             model=Path(model),
@@ -112,6 +114,7 @@ class LLM:
             async_scheduling=async_scheduling,
             threads=threads,
             tensor_parallel=tensor_parallel_size,
+            batch_invariant=batch_invariant,
         )
         self.seed = seed
         self.tokenizer = load_tokenizer(self.config.model)

@@ -284,6 +284,9 @@ class EngineConfig:
     threads                 torch threads; None: torch's own choice
     tensor_parallel         processes that compute each step together, the engine's own among them;
                             they share the threads
+    batch_invariant         what is computed for a token depends, to the bit, on the tokens before
+                            it alone: not on the rest of the step, nor on how prompts were cut;
+                            slower, on a CPU only
 
     Raises ConfigError, naming the setting, for a value that cannot work.
     """
@@ -305,6 +308,7 @@ class EngineConfig:
     async_scheduling: bool | None = None
     threads: int | None = None
     tensor_parallel: int = 1
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", Path(self.model))

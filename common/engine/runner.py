@@ -13,7 +13,7 @@ from common.engine.cache import KVCache, shared_memory
 from common.engine.checkpoint import Checkpoint
 from common.engine.config import EngineConfig, ModelConfig
 from common.engine.graphs import DecodeGraphs, StaticBatch, bucket_sizes, warm_up
-from common.engine.kernels import select_ops
+from common.engine.kernels import check_batch_invariant, select_ops
 from common.engine.kernels.reference import ReferenceOps
 from common.engine.models import load_model
 from common.engine.parallel.group import Group
@@ -100,7 +100,9 @@ class ModelRunner:
 
     def _load(self, dtype: torch.dtype) -> None:
         model = self.model_config
-        self._ops = select_ops(self.device, self.config.kernels)
+        self._ops = select_ops(self.device, self.config.kernels, self.config.batch_invariant)
+        if self.config.batch_invariant:
+            check_batch_invariant(model.head_dim)
         with Checkpoint(self.config.model) as checkpoint:
             self._model = load_model(
                 model,
@@ -115,7 +117,9 @@ class ModelRunner:
             static_scales = read_kv_scales(checkpoint, model)
             # Only rank 0 gives keys to blocks; hashing all weights on each would be in vain.
             digest = checkpoint.digest() if self.shard.rank == 0 else b""
-        self.fingerprint = fingerprint(digest, model, self.layout)
+        self.fingerprint = fingerprint(
+            digest, model, self.layout, batch_invariant=self.config.batch_invariant
+        )
         self._cache = KVCache(
             self.layout,
             self.num_blocks,
@@ -334,7 +338,9 @@ def plan_cache(config: EngineConfig, model: ModelConfig, layout: KVLayout) -> tu
     )
 
 
-def fingerprint(weights: bytes, model: ModelConfig, layout: KVLayout) -> bytes:
+def fingerprint(
+    weights: bytes, model: ModelConfig, layout: KVLayout, *, batch_invariant: bool = False
+) -> bytes:
     """16 bytes that two workers share exactly when their KV is interchangeable."""
     settings = {
         "layout": LAYOUT_VERSION,
@@ -345,6 +351,8 @@ def fingerprint(weights: bytes, model: ModelConfig, layout: KVLayout) -> bytes:
         "eps": model.rms_norm_eps,
         "quantization": None if model.quantization is None else asdict(model.quantization),
     }
+    if batch_invariant:  # other KV differs in its last bits
+        settings["batch_invariant"] = True
     encoded = json.dumps(settings, sort_keys=True).encode()
     return blake2b(weights + encoded, digest_size=16).digest()
 

@@ -61,6 +61,9 @@ class WorkerSettings(ServiceSettings):
     tensor_parallel: int = Field(
         1, description="processes that compute each step together; they share the threads"
     )
+    batch_invariant: bool = Field(
+        False, description="results do not depend, to the bit, on the rest of a step; slower"
+    )
 
     @field_validator("kvstore")
     @classmethod
@@ -118,6 +121,7 @@ class WorkerSettings(ServiceSettings):
             kernels=self.kernels,
             threads=self.threads,
             tensor_parallel=self.tensor_parallel,
+            batch_invariant=self.batch_invariant,
         )
 
 

@@ -142,8 +142,9 @@ def test_the_row_of_a_sequence_is_bitwise_the_same_alone_and_in_a_batch_and_in_a
     rows = [([0], n - 1, table) for n, table in zip(lengths, owned, strict=True)]
 
     def run(q, rows):
-        step = CpuOps().prepare(make_batch(rows, 16), cache, 6, (None, None), ROPE)
-        return CpuOps().attention(q, cache, LAYER, step)
+        ops = CpuOps(batch_invariant=True)
+        step = ops.prepare(make_batch(rows, 16), cache, 6, (None, None), ROPE)
+        return ops.attention(q, cache, LAYER, step)
 
     together = run(q, rows)
     for i, row in enumerate(rows):

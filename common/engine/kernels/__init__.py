@@ -72,8 +72,19 @@ class Ops(Protocol):
         result, whatever they hold."""
 
 
-def select_ops(device: torch.device, kernels: str) -> Ops:
-    """The backend for a device, chosen once at start. `kernels` as in EngineConfig.
+def check_batch_invariant(head_dim: int) -> None:
+    """Raises ConfigError for a model whose results would depend on the rest of a step."""
+    from common.engine.kernels.cpu.ops import HEAD_DIM_MULTIPLE
+
+    if head_dim % HEAD_DIM_MULTIPLE:
+        raise ConfigError(
+            f"batch_invariant needs a head size that is a multiple of {HEAD_DIM_MULTIPLE}, this "
+            f"model has {head_dim}; leave it unset"
+        )
+
+
+def select_ops(device: torch.device, kernels: str, batch_invariant: bool = False) -> Ops:
+    """The backend for a device, chosen once at start; arguments as in EngineConfig.
 
     Raises ConfigError for kernels that this machine cannot run.
     """
@@ -81,6 +92,11 @@ def select_ops(device: torch.device, kernels: str) -> Ops:
 
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device is {str(device)!r}; set it to cpu or cuda")
+    if batch_invariant and (device.type != "cpu" or kernels not in ("auto", "cpu")):
+        raise ConfigError(
+            f"batch_invariant needs the CPU kernels, not kernels {kernels!r} on {str(device)!r}; "
+            "set device to cpu and kernels to auto, or leave batch_invariant unset"
+        )
     if kernels == "triton" or (kernels == "auto" and device.type == "cuda"):
         return _triton_ops(device)
     if kernels == "reference" or device.type != "cpu":
@@ -89,9 +105,9 @@ def select_ops(device: torch.device, kernels: str) -> Ops:
     if trouble is None:
         from common.engine.kernels.cpu.ops import CpuOps
 
-        return CpuOps()
-    if kernels == "cpu":
-        raise ConfigError(f"kernels is 'cpu', but {trouble}; set it to auto or reference")
+        return CpuOps(batch_invariant)
+    if kernels == "cpu" or batch_invariant:
+        raise ConfigError(f"the CPU kernels are asked for, but {trouble}")
     log.warning("reference_kernels", reason=trouble)
     return ReferenceOps()
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from common.engine.kernels import Linear
+from common.engine.weight import Weight
 
 log = structlog.get_logger("kernels")
 
@@ -21,6 +22,9 @@ PROBE_ROWS, PROBE_OUT, PROBE_IN = (1, 16), 1024, 1024
 PROBE_ROUNDS = 5
 # Largest difference from float64, as a part of the largest result: the rounding of the result.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+# Rows of a piece of a batch-invariant product.
+TILE_ROWS = 16
 
 Pack = Callable[[torch.Tensor, torch.Tensor | None], Linear]
 
@@ -63,6 +67,34 @@ def best(dtype: torch.dtype) -> Pack:
     seconds = {name: round(value, 6) for name, value in times.items()}
     log.info("linear_chosen", dtype=str(dtype), chosen=chosen, seconds=seconds)
     return CANDIDATES[chosen]
+
+
+class TiledLinear:
+    """A Linear in pieces of TILE_ROWS rows, the last one filled up with zeros: always the same
+    product, so that a row's bits depend on that row alone, whatever else is in the step.
+
+    A library may still treat the rows of a piece differently (by the place in its own blocks); a
+    matrix with which it does is multiplied row by row.
+    """
+
+    def __init__(self, linear: Linear, weight: Weight) -> None:
+        out, width = weight.values.shape
+        self.linear, self.out, self.rows = linear, out, TILE_ROWS
+        row = torch.randn(1, width, generator=torch.Generator().manual_seed(0))
+        dtype = weight.values.dtype if weight.activation is None else torch.float32
+        tile = linear(row.to(dtype).expand(TILE_ROWS, -1).contiguous())
+        if not torch.equal(tile, tile[:1].expand_as(tile)):
+            self.rows = 1
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        count, width = x.shape
+        whole = -(-count // self.rows) * self.rows
+        if whole > count:
+            x = torch.cat((x, x.new_zeros(whole - count, width)))
+        out = x.new_empty(whole, self.out)
+        for first in range(0, whole, self.rows):
+            out[first : first + self.rows] = self.linear(x[first : first + self.rows])
+        return out[:count]
 
 
 def _try(

@@ -4,6 +4,7 @@ What a kernel does not cover (head sizes that are no multiple of 32, FP8 matrice
 multiples of 16) is left to the reference.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from common.engine.cache import TORCH_DTYPES, KVCache
 from common.engine.kernels import Linear
 from common.engine.kernels.cpu import attention, elementwise, prefill
 from common.engine.kernels.cpu.launch import KIND
-from common.engine.kernels.cpu.linear import best
+from common.engine.kernels.cpu.linear import TiledLinear, best
 from common.engine.kernels.cpu.quantized import Fp8Linear, fits
 from common.engine.kernels.reference import ReferenceOps
 from common.engine.weight import Weight
@@ -54,18 +55,26 @@ class Step:
 
 
 class CpuOps(ReferenceOps):
-    """See `Ops`. Used from one thread."""
+    """See `Ops`. Used from one thread.
 
-    def __init__(self) -> None:
+    batch_invariant  what is computed for a token depends, to the bit, on the tokens before it
+                     alone: not on how they were cut into steps, nor on who else was in them
+    """
+
+    def __init__(self, batch_invariant: bool = False) -> None:
+        self._batch_invariant = batch_invariant
         self._norm = elementwise.NormArguments()
         self._silu = elementwise.SiluArguments()
         self._scratch = np.empty(0, np.uint8)
-        self._chunk_queries = CHUNK_QUERIES
+        # A query that attends alone does so in one way, whatever the size of its chunk.
+        self._chunk_queries = sys.maxsize if batch_invariant else CHUNK_QUERIES
 
     def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
         if weight.activation is not None:
-            return Fp8Linear(weight, bias) if fits(weight) else super().linear(weight, bias)
-        return best(weight.values.dtype)(weight.values, bias)
+            linear = Fp8Linear(weight, bias) if fits(weight) else super().linear(weight, bias)
+        else:
+            linear = best(weight.values.dtype)(weight.values, bias)
+        return TiledLinear(linear, weight) if self._batch_invariant else linear
 
     def add_norm(
         self,

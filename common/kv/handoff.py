@@ -62,14 +62,14 @@ class HandoffPolicy:
 
     min_tokens       uncached prompt tokens under which the decode worker prefills by itself
     max_tokens_ahead prompt tokens that a prefill worker may have under way when it is asked; one
-                     that has more is passed over
+                     that has more is passed over; 0: no limit
     lease_s          longest one attempt may take, in seconds; never past the request's deadline
     stall_timeout_s  longest wait for the next block of an attempt, in seconds
     max_attempts     candidates that are asked before the decode worker prefills by itself
     """
 
-    min_tokens: int = 64
-    max_tokens_ahead: int = 16384
+    min_tokens: int = 128
+    max_tokens_ahead: int = 2048
     lease_s: float = 60.0
     stall_timeout_s: float = 10.0
     max_attempts: int = 3

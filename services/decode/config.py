@@ -19,13 +19,14 @@ class DecodeConfig(WorkerSettings):
         "others are met when a request names them",
     )
     remote_prefill_min_tokens: int = Field(
-        64, ge=1, description="prompts with fewer uncached tokens are prefilled here"
+        128, ge=1, description="prompts with fewer uncached tokens are prefilled here"
     )
-    remote_prefill_max_tokens_ahead: int = Field(
-        16384,
+    remote_prefill_max_tokens_ahead: int | None = Field(
+        None,
         ge=0,
+        le=2**32 - 1,
         description="prompt tokens under way at a prefill worker over which it is passed over; "
-        "0: no limit",
+        "unset: four times --max-num-batched-tokens; 0: no limit",
     )
     handoff_lease_s: float = Field(
         60.0, gt=0, le=3600, description="most seconds that one prefill worker gets"
@@ -45,8 +46,14 @@ class DecodeConfig(WorkerSettings):
     def handoff_policy(self) -> HandoffPolicy:
         return HandoffPolicy(
             min_tokens=self.remote_prefill_min_tokens,
-            max_tokens_ahead=self.remote_prefill_max_tokens_ahead,
+            max_tokens_ahead=self._max_tokens_ahead(),
             lease_s=self.handoff_lease_s,
             stall_timeout_s=self.handoff_stall_s,
             max_attempts=self.handoff_attempts,
         )
+
+    def _max_tokens_ahead(self) -> int:
+        limit = self.remote_prefill_max_tokens_ahead
+        # Four steps of waiting: prefill elsewhere then takes two to three times as long as here
+        # (benchmarks/disaggregation.py), and spares the streams that run here as much.
+        return 4 * self.max_num_batched_tokens if limit is None else limit

@@ -3,11 +3,12 @@
 import asyncio
 import secrets
 import signal
+import time
 
 import grpc
 import pytest
 
-from baton.v1 import worker_pb2, worker_pb2_grpc
+from baton.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from common.errors import HandoffError, InvalidRequest
 from common.kv.handoff import Verdict
 from common.kv.transports import DataPlane
@@ -29,7 +30,7 @@ async def sent_blocks(prefill):
 
 
 async def test_disaggregated_tokens_equal_those_of_transformers(prefill, decode, model):
-    prompts = [random_prompt(n, seed=n) for n in (65, 66, 80, 81, 97, 300, 700)]
+    prompts = [random_prompt(n, seed=n) for n in (129, 130, 144, 145, 161, 300, 700)]
     before, failed = await sent_blocks(prefill), await failures(decode)
     async with GatewaySession(decode.address) as session:
         replies = [await session.submit(p, candidates=[prefill.address]) for p in prompts]
@@ -70,9 +71,9 @@ async def test_a_handoff_is_one_trace_over_both_workers(prefill, decode):
 async def test_a_short_prompt_is_prefilled_where_it_is_decoded(decode):
     trace_id, parent = new_trace()
     async with GatewaySession(decode.address) as session:
-        # Nobody listens there: asking would show. 63 tokens besides the last are under 64.
+        # Nobody listens there: asking would show. 127 tokens besides the last are under 128.
         reply = await session.submit(
-            random_prompt(64, seed=1000), candidates=["127.0.0.1:9"], traceparent=parent
+            random_prompt(128, seed=1000), candidates=["127.0.0.1:9"], traceparent=parent
         )
         assert (await reply.end()).error is None
     spans = await spans_of(decode, trace_id)
@@ -142,6 +143,30 @@ async def test_a_prefill_worker_that_hangs_costs_time_and_no_token(start, model)
         assert reply.error is None
         assert is_greedy(model, prompt, reply.tokens, 16)
     await decode.idle()
+
+
+async def test_one_deadline_ends_a_request_on_every_service_though_none_of_them_answers(start):
+    store, prefill = start("kvstore", "prefill")
+    flags = ("--kvstore", store.address, "--prefill", prefill.address)
+    decode = start("decode", flags=flags)
+    async with GatewaySession(decode.address) as session:
+        await (await session.submit(random_prompt(8, seed=1))).end()  # what is made lazily is made
+        store.process.send_signal(signal.SIGSTOP)
+        prefill.process.send_signal(signal.SIGSTOP)
+        try:
+            prompt = random_prompt(300, seed=7000)
+            began = time.monotonic()
+            reply = await session.submit(
+                prompt, candidates=[prefill.address], remaining_ms=1200, max_tokens=2
+            )
+            await reply.end(timeout_s=3.2)
+            assert reply.error.kind == common_pb2.ERROR_KIND_DEADLINE_EXCEEDED
+            assert 1.0 < time.monotonic() - began < 3.2
+            await decode.idle()
+        finally:
+            prefill.process.send_signal(signal.SIGCONT)
+            store.process.send_signal(signal.SIGCONT)
+    await prefill.idle()
 
 
 async def test_a_loaded_prefill_worker_is_passed_over_and_the_trace_says_why(start, model):

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger("handoff")
 
 MAX_STAGED_BYTES = 256 * 1024 * 1024
-# Neighbouring layers go together up to this: a frame's fixed costs (a task, system calls, an answer:
-# 0.26 ms over tcp, measured with 4 KiB) would be more than a quarter of the whole below it.
+# Neighbouring layers go together up to this: below it a frame's fixed costs (a task, system calls,
+# an answer: 0.26 ms over tcp, measured with 4 KiB) would be more than a quarter of the whole.
 MIN_FRAME_BYTES = 1024 * 1024
 # More than this is split, so that the receiver checks one frame while the next is on its way.
 MAX_FRAME_BYTES = 8 * 1024 * 1024

@@ -67,7 +67,7 @@ class LLM:
                       seed + i, so that a call can be repeated; None: drawn at random
     threads           torch threads; None: torch's choice
     tensor_parallel_size  processes that compute together, this one among them
-    batch_invariant   results do not depend, to the bit, on the rest of a step; slower, CPU only
+    batch_invariant   results do not depend, to the bit, on the rest of a step; slower
 
     Raises CheckpointError or ConfigError for what cannot be served.
     """

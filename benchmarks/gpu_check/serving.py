@@ -44,9 +44,11 @@ SPARE_BYTES = 12 * GIB
 def run(report: Report) -> None:
     folder = Path(tempfile.mkdtemp(prefix="baton-gpu-check-", dir=place()))
     try:
+        with report.guard("batch invariance"):
+            invariance(report, folder / "small")
         with report.guard("making a model"):
             began = time.monotonic()
-            make_model(report, folder)
+            make_model(report, folder, TINY if report.tiny else LLAMA_3_8B)
             report.line(f"random weights written in {time.monotonic() - began:.0f} s")
         with report.guard("serving"):
             serve(report, folder)
@@ -60,7 +62,48 @@ def place() -> str | None:
     return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > 16 * GIB else None
 
 
-def make_model(report: Report, folder: Path) -> None:
+def invariance(report: Report, folder: Path) -> None:
+    """What one request's tokens are given as log-probabilities, whatever is in its steps."""
+    folder.mkdir()
+    make_model(report, folder, TINY)
+    others = 64 if report.gpu else 1
+    drawn = torch.randint(0, 128, (1 + others, 40), generator=torch.Generator().manual_seed(2))
+    prompts = [{"prompt_token_ids": row} for row in drawn.tolist()]
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0)
+
+    def told(chunk: int, *batches: list[dict]) -> list[torch.Tensor]:
+        llm = LLM(
+            folder,
+            kv_cache_dtype="fp8_e4m3",
+            max_model_len=64,
+            max_num_seqs=1 + others,
+            max_num_batched_tokens=chunk,
+            num_blocks=4 * (2 + others),
+            device=report.device.type,
+            kernels="triton",
+            batch_invariant=True,
+        )
+        try:
+            answers = [llm.generate(batch, params, use_tqdm=False)[0] for batch in batches]
+        finally:
+            llm.close()
+        return [
+            torch.tensor([next(iter(step.values())).logprob for step in a.outputs[0].logprobs])
+            for a in answers
+        ]
+
+    alone, again = told(64, prompts[:1], prompts[:1])
+    (among,) = told(64, prompts)
+    (chunked,) = told(16, prompts)
+    cases = {"after a prefix hit": again, f"among {others} more": among, "in chunks": chunked}
+    for case, actual in cases.items():
+        if report.gpu:
+            report.same(f"log-probabilities alone and {case}", actual, alone)
+        else:  # a CPU's float32 products are torch's own
+            report.close(f"log-probabilities alone and {case}", actual, alone, 1e-2)
+
+
+def make_model(report: Report, folder: Path, sizes: dict[str, float]) -> None:
     """A folder as llm-compressor writes it: e4m3 with a scale a row, tokens scaled as they come."""
     fp8 = {"num_bits": 8, "type": "float", "symmetric": True}
     group = {
@@ -79,7 +122,7 @@ def make_model(report: Report, folder: Path) -> None:
             "config_groups": {"group_0": group},
             "ignore": ["lm_head"],
         },
-        **(TINY if report.tiny else LLAMA_3_8B),
+        **sizes,
     }
     (folder / "config.json").write_text(json.dumps(config))
     shards: dict[str, dict[str, torch.Tensor]] = {}

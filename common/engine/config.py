@@ -286,7 +286,7 @@ class EngineConfig:
                             they share the threads
     batch_invariant         what is computed for a token depends, to the bit, on the tokens before
                             it alone: not on the rest of the step, nor on how prompts were cut;
-                            slower, on a CPU only
+                            slower
 
     Raises ConfigError, naming the setting, for a value that cannot work.
     """

@@ -101,7 +101,7 @@ class ModelRunner:
     def _load(self, dtype: torch.dtype) -> None:
         model = self.model_config
         self._ops = select_ops(self.device, self.config.kernels, self.config.batch_invariant)
-        if self.config.batch_invariant:
+        if self.config.batch_invariant and self.device.type == "cpu":
             check_batch_invariant(model.head_dim)
         with Checkpoint(self.config.model) as checkpoint:
             self._model = load_model(
@@ -145,6 +145,8 @@ class ModelRunner:
         most_tokens = min(config.max_num_batched_tokens, self.max_model_len)
         warm_up(forward, most_tokens, layout.block_size, self.device)
         self._ops.warm_up(self.model_config.vocab_size)
+        if config.batch_invariant:
+            return None  # decoding is then attention of prompts, which reads lengths on the host
         width = layout.blocks_for(self.max_model_len)
         static = StaticBatch(config.max_num_seqs, width, self.max_model_len, self.device)
         return DecodeGraphs(forward, static, bucket_sizes(config.max_num_seqs))

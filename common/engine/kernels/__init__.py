@@ -92,13 +92,13 @@ def select_ops(device: torch.device, kernels: str, batch_invariant: bool = False
 
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device is {str(device)!r}; set it to cpu or cuda")
-    if batch_invariant and (device.type != "cpu" or kernels not in ("auto", "cpu")):
+    if batch_invariant and kernels == "reference":
         raise ConfigError(
-            f"batch_invariant needs the CPU kernels, not kernels {kernels!r} on {str(device)!r}; "
-            "set device to cpu and kernels to auto, or leave batch_invariant unset"
+            "batch_invariant needs the CPU or the Triton kernels, kernels is 'reference'; set it "
+            "to auto, or leave batch_invariant unset"
         )
     if kernels == "triton" or (kernels == "auto" and device.type == "cuda"):
-        return _triton_ops(device)
+        return _triton_ops(device, batch_invariant)
     if kernels == "reference" or device.type != "cpu":
         return ReferenceOps()
     trouble = cpu_kernels_trouble()
@@ -121,7 +121,7 @@ def cpu_kernels_trouble() -> str | None:
     return None
 
 
-def _triton_ops(device: torch.device) -> Ops:
+def _triton_ops(device: torch.device, batch_invariant: bool) -> Ops:
     """For a GPU, or a CPU under Triton's interpreter. Never the reference instead: on a GPU it is
     so slow that this must be somebody's choice."""
     trouble = triton_kernels_trouble(device)
@@ -132,7 +132,11 @@ def _triton_ops(device: torch.device) -> Ops:
         )
     from common.engine.kernels.triton.ops import TritonOps
 
-    return TritonOps(device, multiprocessors=1 if device.type == "cpu" else None)
+    return TritonOps(
+        device,
+        batch_invariant=batch_invariant,
+        multiprocessors=1 if device.type == "cpu" else None,
+    )
 
 
 def triton_kernels_trouble(device: torch.device) -> str | None:

@@ -23,7 +23,7 @@ from tools.aot import AotCase
 
 # Words that the assembler keeps aside once, before and after the loops over keys. (It stops at 168
 # and at 255 registers; a loop that spills has hundreds of bytes.)
-ASIDE_BYTES = 80
+ASIDE_BYTES = 128
 HEADS, KV_HEADS, BLOCK_SIZE, LAYERS = 32, 8, 16, 32
 SIZES = {"*fp16": 2, "*bf16": 2, "*fp32": 4}
 
@@ -122,15 +122,15 @@ def prefill(
 ) -> AotCase:
     heads = group * KV_HEADS
     compute = compute_type({"*bf16": torch.bfloat16, "*fp32": torch.float32}[kind], fp8)
-    rows, tile, warps, stages = prefill_config(d, group, compute, fp8, eight)
+    rows, tile, warps, stages = prefill_config(d, group, compute, fp8)
     payload = "*u8" if eight else "*i16" if fp8 else kind
-    width = triton.next_power_of_2(d) // (1 if eight else 2)
     args = {
         "q": kind, "payload": payload, "scales": "*fp32" if fp8 else None, "table": "*i32",
         "query_start": "*i32", "contexts": "*i32", "out": kind, "scale": d**-0.5 * LOG2_E,
         "window": 0, "sequences": 1, "q_row": (heads + 2 * KV_HEADS) * d, "q_head": d,
         **page_strides(d, fp8), "table_row": 81, "out_row": heads * d, "out_head": d,
-        "GROUP": group, "ROWS": rows, "D": d, "WIDTH": width, "BLOCK_SIZE": BLOCK_SIZE,
+        "GROUP": group, "ROWS": rows, "D": d,
+        "WIDTH": triton.next_power_of_2(d) // (1 if eight else 2), "BLOCK_SIZE": BLOCK_SIZE,
         "TILE": tile, "FP8": fp8, "COMPUTE": compute, "NATIVE": True, **changed,
     }  # fmt: skip
     return AotCase(

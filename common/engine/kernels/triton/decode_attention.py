@@ -11,6 +11,7 @@ from common.engine.kernels.triton.pages import (
     load_parts,
     load_queries,
     page_arguments,
+    scale_weights,
     softmax_step,
     store_parts,
 )
@@ -169,6 +170,7 @@ def decode_kernel(
 
     most = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
+    unit = tl.full((ROWS,), 1.0, tl.float32)
     first = tl.zeros((ROWS, WIDTH), tl.float32)
     second = tl.zeros((ROWS, WIDTH), tl.float32)
     payload += kv_head * stride_head
@@ -189,23 +191,16 @@ def decode_kernel(
         scores = tl.where(alive[None, :], scores, float("-inf"))
         weights, shrink, most, total = softmax_step(scores, factor, most, total)
         if FP8:
-            # Weights relative to the tile's largest scale stay in float16's range.
             v_scale = tl.load(scales + scale_kv + at, mask=alive, other=0.0)
-            largest = tl.max(v_scale, 0)
-            largest = tl.where(largest > 0.0, largest, 1.0)
-            weights = (weights * (v_scale / largest)[None, :]).to(COMPUTE)
-            grow = tl.dot(weights, v_first, input_precision="ieee")
-            first = first * shrink[:, None] + grow * largest
-            grow = tl.dot(weights, v_second, input_precision="ieee")
-            second = second * shrink[:, None] + grow * largest
-        else:
-            weights = weights.to(COMPUTE)
-            first = tl.dot(weights, v_first, first * shrink[:, None], input_precision="ieee")
-            second = tl.dot(weights, v_second, second * shrink[:, None], input_precision="ieee")
+            weights, grow, unit = scale_weights(weights, v_scale, scores, unit, 1.0, False)
+            shrink *= grow
+        weights = weights.to(COMPUTE)
+        first = tl.dot(weights, v_first, first * shrink[:, None], input_precision="ieee")
+        second = tl.dot(weights, v_second, second * shrink[:, None], input_precision="ieee")
 
     most = most * factor + tl.log2(total)
-    total = tl.where(total == 0.0, 1.0, total)[:, None]
-    first, second = first / total, second / total
+    share = (unit / tl.where(total == 0.0, 1.0, total))[:, None]
+    first, second = first * share, second * share
     to = out + sequence * out_row + head * out_head
     store_parts(to, first, second, held & (splits <= 1), D, FP8)
     if partial is not None:

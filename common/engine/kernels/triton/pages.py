@@ -121,3 +121,29 @@ def softmax_step(scores, factor, most, total):
     lowered = tl.broadcast_to(-base[:, None], scores.shape)
     weights = tl.exp2(tl.fma(scores, tl.broadcast_to(factor[:, None], scores.shape), lowered))
     return weights, shrink, new_most, total * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
+def scale_weights(weights, v_scale, scores, unit, PEAK: tl.constexpr, MASKED: tl.constexpr):
+    """weights [rows, keys] times V's scales [keys], in a unit that makes PEAK of 1 times the
+    largest scale: so they stay in float16's or e4m3's range. Also by what sums in the former unit
+    are multiplied, and the new unit, [rows] each.
+
+    MASKED: the largest of what the row sees, its scores not being -inf; else of all keys. It must
+    not be of what the row does not see, or the row would depend on how a chunk is cut; and a tile
+    of which it sees nothing must leave the unit alone.
+    """
+    if MASKED:
+        seen = tl.where(scores == float("-inf"), 0.0, v_scale[None, :])
+        largest = tl.max(seen, 1)
+    else:
+        largest = tl.max(v_scale, 0)
+    # A floor keeps the sums finite in the new unit: 2**-100.
+    inverse = PEAK / tl.where(largest > 0.0, tl.maximum(largest, 7.888609052210118e-31), 1.0)
+    changed = largest + tl.zeros_like(unit) > 0.0  # [rows]
+    new = tl.where(changed, 1.0 / inverse, unit)
+    if MASKED:
+        weights *= v_scale[None, :] * inverse[:, None]
+    else:
+        weights *= (v_scale * inverse)[None, :]
+    return weights, tl.where(changed, unit * inverse, 1.0), new

@@ -17,6 +17,7 @@ from common.engine.kernels.triton.pages import (
     load_parts,
     load_queries,
     page_arguments,
+    scale_weights,
     softmax_step,
     store_parts,
 )
@@ -64,18 +65,20 @@ def prefill_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     compute = compute_type(q.dtype, fp8)
     eight = fp8 and fp8_products
-    rows, tile, warps, stages = tile_config(d, group, compute, fp8, eight)
+    rows, tile, warps, stages = tile_config(d, group, compute, fp8)
     sequences = len(context_len)
     if n == 0:
         return out
-    columns = triton.next_power_of_2(d)
     grid = (kv_heads, n // (rows // group) + sequences)
     last = (
         block_table, query_start, context_len, out, scale * LOG2_E, window or 0, sequences,
         *q.stride()[:2], block_table.stride(0), *out.stride()[:2],
     )  # fmt: skip
-    shape = {"GROUP": group, "ROWS": rows, "D": d, "BLOCK_SIZE": block_size, "TILE": tile,
-             "NATIVE": NATIVE_FP8, "num_warps": warps, "num_stages": stages}  # fmt: skip
+    columns = triton.next_power_of_2(d)
+    shape = {
+        "GROUP": group, "ROWS": rows, "D": d, "BLOCK_SIZE": block_size, "TILE": tile,
+        "NATIVE": NATIVE_FP8, "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
     if eight:
         pages = (payload.view(torch.uint8), scales, *payload.stride()[:4], *scales.stride()[:3])
         prefill_fp8_kernel[grid](q, *pages, *last, WIDTH=columns, **shape)
@@ -87,19 +90,16 @@ def prefill_attention(
     return out
 
 
-def tile_config(
-    d: int, group: int, compute: tl.dtype, fp8: bool, fp8_products: bool
-) -> tuple[int, int, int, int]:
+def tile_config(d: int, group: int, compute: tl.dtype, fp8: bool) -> tuple[int, int, int, int]:
     """Rows (queries times heads of a group) and keys of a tile, warps and pipeline stages.
 
-    Two warpgroups of 64 rows each; 5 stages are two buffers of K and V (see decode_attention).
-    float32 is multiplied in registers, without tensor cores: smaller tiles.
+    Two warpgroups of 64 rows each; 3 stages are two buffers of K and V, and 5 where scales and
+    conversions make the chain of a tile longer. e4m3 takes registers to convert, V also to be
+    transposed: smaller tiles. So does float32, which is multiplied without tensor cores.
     """
     rows = max(64 if fp8 and d > 128 else 128, triton.next_power_of_2(group))
     if compute == tl.float32:
         return max(16, triton.next_power_of_2(group)), 16 if fp8 and d > 128 else 32, 8, 3
-    if fp8_products:
-        return rows, 128 if d <= 128 else 64, 8, 5
     if fp8:
         return rows, 64 if d <= 128 else 32, 8, 5
     return rows, 128 if d <= 128 else 64, 8, 3
@@ -170,33 +170,14 @@ def hide(scores, key, position, window):
 
 
 @triton.jit
-def scale_weights(weights, v_scale, scores, PEAK: tl.constexpr, MASKED: tl.constexpr):
-    """weights times V's scales, divided by a unit that makes PEAK of 1 times the largest scale
-    that the row sees, and that unit [ROWS].
-
-    Of what the row sees, and not of the tile: the row must not depend on how a chunk is cut.
-    """
-    if MASKED:
-        seen = tl.where(scores == float("-inf"), 0.0, v_scale[None, :])
-        largest = tl.max(seen, 1)
-        largest = tl.where(largest > 0.0, largest, 1.0)
-        return weights * (v_scale[None, :] * (PEAK / largest)[:, None]), largest / PEAK
-    else:
-        largest = tl.max(v_scale, 0)
-        largest = tl.where(largest > 0.0, largest, 1.0)
-        weights *= (v_scale * (PEAK / largest))[None, :]
-        return weights, tl.full((weights.shape[0],), 1.0, tl.float32) * (largest / PEAK)
-
-
-@triton.jit
 def attend_tile(
-    first, second, most, total, q_first, q_second, factor, payload, scales,
+    first, second, most, total, unit, q_first, q_second, factor, payload, scales,
     stride_block, stride_kv, stride_token, scale_block, scale_kv, table,
     start, end, position, window,
     D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, FP8: tl.constexpr,
     COMPUTE: tl.constexpr, NATIVE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: the new sums [ROWS, WIDTH] of both parts, largest scores and totals."""
+    """One tile of keys: the new sums [ROWS, WIDTH] of both parts, largest scores, totals, units."""
     WIDTH: tl.constexpr = first.shape[1]
     key = start + tl.arange(0, TILE)
     alive = key < end if MASKED else None
@@ -215,17 +196,12 @@ def attend_tile(
     weights, shrink, most, total = softmax_step(scores, factor, most, total)
     if FP8:
         v_scale = load_or_zero(scales + scale_kv + at, alive)
-        weights, unit = scale_weights(weights, v_scale, scores, 1.0, MASKED)
-        weights = weights.to(COMPUTE)
-        grow = tl.dot(weights, v_first, input_precision="ieee")
-        first = first * shrink[:, None] + grow * unit[:, None]
-        grow = tl.dot(weights, v_second, input_precision="ieee")
-        second = second * shrink[:, None] + grow * unit[:, None]
-    else:
-        weights = weights.to(COMPUTE)
-        first = tl.dot(weights, v_first, first * shrink[:, None], input_precision="ieee")
-        second = tl.dot(weights, v_second, second * shrink[:, None], input_precision="ieee")
-    return first, second, most, total
+        weights, grow, unit = scale_weights(weights, v_scale, scores, unit, 1.0, MASKED)
+        shrink *= grow
+    weights = weights.to(COMPUTE)
+    first = tl.dot(weights, v_first, first * shrink[:, None], input_precision="ieee")
+    second = tl.dot(weights, v_second, second * shrink[:, None], input_precision="ieee")
+    return first, second, most, total, unit
 
 
 @triton.jit(do_not_specialize=["window", "sequences"])
@@ -249,6 +225,7 @@ def prefill_kernel(
 
     most = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
+    unit = tl.full((ROWS,), 1.0, tl.float32)
     first = tl.zeros((ROWS, WIDTH), tl.float32)
     second = tl.zeros((ROWS, WIDTH), tl.float32)
     payload += kv_head * stride_head
@@ -257,32 +234,33 @@ def prefill_kernel(
     table += sequence.to(tl.int64) * table_row
     begin, middle = key_bounds(lowest, window, TILE)
     for start in range(begin, middle, TILE):
-        first, second, most, total = attend_tile(
-            first, second, most, total, q_first, q_second, factor, payload, scales,
+        first, second, most, total, unit = attend_tile(
+            first, second, most, total, unit, q_first, q_second, factor, payload, scales,
             stride_block, stride_kv, stride_token, scale_block, scale_kv, table,
             start, end, position, window, D, BLOCK_SIZE, TILE, FP8, COMPUTE, NATIVE, False,
         )  # fmt: skip
     for start in range(middle, end, TILE):
-        first, second, most, total = attend_tile(
-            first, second, most, total, q_first, q_second, factor, payload, scales,
+        first, second, most, total, unit = attend_tile(
+            first, second, most, total, unit, q_first, q_second, factor, payload, scales,
             stride_block, stride_kv, stride_token, scale_block, scale_kv, table,
             start, end, position, window, D, BLOCK_SIZE, TILE, FP8, COMPUTE, NATIVE, True,
         )  # fmt: skip
 
-    total = tl.where(total == 0.0, 1.0, total)[:, None]
+    share = (unit / tl.where(total == 0.0, 1.0, total))[:, None]
     store_parts(
-        out + token * out_row + head * out_head, first / total, second / total, held, D, FP8
+        out + token * out_row + head * out_head, first * share, second * share, held, D, FP8
     )
 
 
 @triton.jit
 def attend_fp8_tile(
-    sums, most, total, q, factor, payload, scales, stride_block, stride_kv, stride_token,
-    scale_block, scale_kv, table, start, end, position, window,
+    sums, most, total, unit, q, factor, payload, scales,
+    stride_block, stride_kv, stride_token, scale_block, scale_kv, table,
+    start, end, position, window,
     D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, NATIVE: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys with e4m3 products: the new sums [ROWS, WIDTH], largest scores, totals."""
+    """As attend_tile, with e4m3 products and heads as one part."""
     WIDTH: tl.constexpr = sums.shape[1]
     key = start + tl.arange(0, TILE)
     alive = key < end if MASKED else None
@@ -299,11 +277,11 @@ def attend_fp8_tile(
     weights, shrink, most, total = softmax_step(scores, factor, most, total)
     v_scale = load_or_zero(scales + scale_kv + at, alive)
     # 448 is the largest of e4m3: its whole range for weights of 0 to 1.
-    weights, unit = scale_weights(weights, v_scale, scores, 448.0, MASKED)
+    weights, grow, unit = scale_weights(weights, v_scale, scores, unit, 448.0, MASKED)
     code = encode_e4m3(weights, NATIVE).to(tl.float8e4nv, bitcast=True)
+    # A sum of its own, added in float32: a tensor core's own sum of e4m3 products has 14 bits.
     partial = tl.dot(code, v, max_num_imprecise_acc=min(128, TILE))
-    sums = sums * shrink[:, None] + partial * unit[:, None]
-    return sums, most, total
+    return sums * (shrink * grow)[:, None] + partial, most, total, unit
 
 
 @triton.jit(do_not_specialize=["window", "sequences"])
@@ -330,24 +308,25 @@ def prefill_fp8_kernel(
 
     most = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
+    unit = tl.full((ROWS,), 1.0, tl.float32)
     sums = tl.zeros((ROWS, WIDTH), tl.float32)
     payload += kv_head * stride_head
     scales += kv_head * scale_head
     table += sequence.to(tl.int64) * table_row
     begin, middle = key_bounds(lowest, window, TILE)
     for start in range(begin, middle, TILE):
-        sums, most, total = attend_fp8_tile(
-            sums, most, total, queries, factor, payload, scales, stride_block, stride_kv,
-            stride_token, scale_block, scale_kv, table, start, end, position, window,
-            D, BLOCK_SIZE, TILE, NATIVE, False,
+        sums, most, total, unit = attend_fp8_tile(
+            sums, most, total, unit, queries, factor, payload, scales,
+            stride_block, stride_kv, stride_token, scale_block, scale_kv, table,
+            start, end, position, window, D, BLOCK_SIZE, TILE, NATIVE, False,
         )  # fmt: skip
     for start in range(middle, end, TILE):
-        sums, most, total = attend_fp8_tile(
-            sums, most, total, queries, factor, payload, scales, stride_block, stride_kv,
-            stride_token, scale_block, scale_kv, table, start, end, position, window,
-            D, BLOCK_SIZE, TILE, NATIVE, True,
+        sums, most, total, unit = attend_fp8_tile(
+            sums, most, total, unit, queries, factor, payload, scales,
+            stride_block, stride_kv, stride_token, scale_block, scale_kv, table,
+            start, end, position, window, D, BLOCK_SIZE, TILE, NATIVE, True,
         )  # fmt: skip
 
-    total = tl.where(total == 0.0, 1.0, total)[:, None]
+    share = (unit / tl.where(total == 0.0, 1.0, total))[:, None]
     to = out + token[:, None] * out_row + head[:, None] * out_head + column
-    tl.store(to, (sums / total).to(out.dtype.element_ty), mask=held)
+    tl.store(to, (sums * share).to(out.dtype.element_ty), mask=held)

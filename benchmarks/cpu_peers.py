@@ -221,11 +221,23 @@ class Engine:
     def rss_bytes(self) -> int:
         """Of all its processes; pages they share are counted once (PSS)."""
         total = 0
-        for folder in Path("/proc").iterdir():
-            if folder.name.isdigit() and _session(folder) == self.process.pid:
-                lines = (folder / "smaps_rollup").read_text().splitlines()
-                total += next(int(x.split()[1]) for x in lines if x.startswith("Pss:")) * 1024
+        for folder in self._folders():
+            lines = (folder / "smaps_rollup").read_text().splitlines()
+            total += next(int(x.split()[1]) for x in lines if x.startswith("Pss:")) * 1024
         return total
+
+    def cpu_s(self) -> float:
+        """Seconds that its processes computed."""
+        ticks = sum(sum(map(int, _stat(folder)[11:13])) for folder in self._folders())
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def _folders(self) -> list[Path]:
+        """Of its processes, in /proc: those of its session."""
+        return [
+            folder
+            for folder in Path("/proc").iterdir()
+            if folder.name.isdigit() and _stat(folder)[3:4] == [str(self.process.pid)]
+        ]
 
     def close(self) -> None:
         self._signal(signal.SIGCONT)
@@ -236,11 +248,12 @@ class Engine:
             self._signal(signal.SIGKILL)
 
 
-def _session(folder: Path) -> int | None:
+def _stat(folder: Path) -> list[str]:
+    """The fields of a process from its state on; none when it has ended meanwhile."""
     try:
-        return int((folder / "stat").read_text().rpartition(")")[2].split()[3])
-    except OSError:  # it ended meanwhile
-        return None
+        return (folder / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def read_bandwidth() -> float:
@@ -289,6 +302,7 @@ def main() -> None:
 def measure(engines: list[Engine], points: tuple, rounds: int) -> None:
     """Prints a table of medians, and each engine's memory."""
     rates: dict[tuple, list[float]] = {}
+    times: dict[tuple, list[float]] = {}
     draw = random.Random(0)
     # The first round is not counted: every engine meets each shape once before.
     for number in range(rounds + 1):
@@ -297,12 +311,15 @@ def measure(engines: list[Engine], points: tuple, rounds: int) -> None:
             prompts = [[draw.randrange(3, SHAPE["vocab_size"]) for _ in range(length)]
                        for _ in range(requests)]  # fmt: skip
             for engine in engines[:: 1 if number % 2 else -1]:
+                used = engine.cpu_s()
                 answer = engine.generate(prompts, count)
+                used = engine.cpu_s() - used
                 if any(len(tokens) != count for tokens in answer["tokens"]):
                     raise SystemExit(f"{engine.name} gave other than {count} tokens a request")
                 if number:
                     rate = requests * count / answer["seconds"]
                     rates.setdefault((point, engine.name), []).append(rate)
+                    times.setdefault((point, engine.name), []).append(used)
         print(f"round {number} of {rounds} done, load {os.getloadavg()[0]:.1f}", flush=True)
     names = [engine.name for engine in engines]
     print("\n| requests | in / out | " + " | ".join(names) + " | " +
@@ -318,6 +335,11 @@ def measure(engines: list[Engine], points: tuple, rounds: int) -> None:
         ]
         cells = [f"{value:.1f}" for value in middle] + [f"{ratio:.2f}" for ratio in ratios]
         print(f"| {point[0]} | {point[1]} / {point[2]} | " + " | ".join(cells) + " |")
+    # Where others use the machine too, this says more than the time that passed.
+    print("\nCPU seconds of a point, medians:")
+    for point in points:
+        cells = (f"{name} {statistics.median(times[point, name]):.2f}" for name in names)
+        print(f"  {point[0]} x {point[1]}/{point[2]}: " + ", ".join(cells))
     for engine in engines:
         print(f"{engine.name}: {engine.rss_bytes() / 2**20:.0f} MiB resident")
     bandwidth = read_bandwidth()

@@ -25,6 +25,19 @@ def test_prompt_logits_are_those_of_transformers(arch, tied, block_size, chunks)
     torch.testing.assert_close(got, zoo.expected_logits(path, PROMPT), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("arch", zoo.ZOO)
+def test_the_cpu_kernels_give_the_logits_of_transformers(arch, tmp_path):
+    # The zoo's heads are smaller than what the kernels serve.
+    path = zoo.make_checkpoint(arch, False, tmp_path, head_dim=32)
+    want = zoo.expected_logits(path, PROMPT)
+    runner = make_runner(path, kernels="cpu")
+    free = shuffled_blocks(runner)
+    for chunks in ([100], [33, 1, 40, 26], [7] * 14 + [2]):
+        table = [free.pop() for _ in range(7)]
+        got = prompt_logits(runner, PROMPT, table, chunks)
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("arch", ["llama", "mistral_window", "qwen3"])
 @pytest.mark.parametrize("kv_dtype", ["float32", "bf16", "fp8_e4m3"])
 def test_a_sequence_in_a_mixed_batch_of_32_gets_the_logits_it_gets_alone(arch, kv_dtype):

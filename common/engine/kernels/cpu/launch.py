@@ -83,7 +83,8 @@ def _openmp() -> Any:
 
 _FOLDER = _cache_folder()
 _gomp_parallel = _openmp()
-_plain = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_letting_go = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_holding = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
 
 
 class Kernel:
@@ -92,14 +93,21 @@ class Kernel:
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled  # keeps the machine code alive
         self._address = compiled.address
-        self._alone = _plain(compiled.address)
+        self._freely = _letting_go(compiled.address)
+        self._alone = _holding(compiled.address)
 
-    def run(self, arguments: ctypes.Structure, items: int, threads: int) -> None:
-        """Does all work items on up to `threads` threads."""
+    def run(
+        self, arguments: ctypes.Structure, items: int, threads: int, *, long: bool = True
+    ) -> None:
+        """Does all work items on up to `threads` threads. Not `long`: so quickly that Python's
+        other threads need not run meanwhile; the interpreter's lock is then kept, since it is not
+        had again at once where they want it."""
         arguments.num_items = items
         arguments.next_item = arguments.next_thread = 0
         if threads > 1 and items > 1 and _gomp_parallel is not None:
             _gomp_parallel(self._address, ctypes.addressof(arguments), min(threads, items), 0)
+        elif long:
+            self._freely(ctypes.addressof(arguments))
         else:
             self._alone(ctypes.addressof(arguments))
 

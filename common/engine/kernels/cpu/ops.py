@@ -23,6 +23,8 @@ from common.engine.weight import Weight
 
 # Smaller work is done sooner than a second thread has begun it.
 ELEMENTS_PER_THREAD = 16384
+# Element-wise work on more rows takes long enough to let other Python threads run.
+MANY_ROWS = 64
 HEAD_DIM_MULTIPLE = 32
 # A sequence with fewer queries in a step has them attend one by one.
 CHUNK_QUERIES = 8
@@ -92,7 +94,8 @@ class CpuOps(ReferenceOps):
         a.x, a.weight, a.out = x.data_ptr(), weight.data_ptr(), out.data_ptr()
         a.delta = 0 if delta is None else delta.data_ptr()
         a.width, a.eps = width, eps
-        elementwise.add_norm_kernel(KIND[x.dtype]).run(a, rows, threads_for(rows * width))
+        threads = threads_for(rows * width)
+        elementwise.add_norm_kernel(KIND[x.dtype]).run(a, rows, threads, long=rows > MANY_ROWS)
         return x, out
 
     def silu_mul(self, gate_up: torch.Tensor, into: Linear) -> torch.Tensor:
@@ -103,7 +106,9 @@ class CpuOps(ReferenceOps):
         a = self._silu
         a.gate_up, a.out, a.width = gate_up.data_ptr(), out.data_ptr(), width
         threads = threads_for(4 * rows * width)
-        elementwise.silu_mul_kernel(KIND[gate_up.dtype]).run(a, rows, threads)
+        elementwise.silu_mul_kernel(KIND[gate_up.dtype]).run(
+            a, rows, threads, long=rows > MANY_ROWS
+        )
         return out
 
     def prepare(
@@ -181,7 +186,8 @@ class CpuOps(ReferenceOps):
         a.qkv, a.static = qkv.data_ptr(), 0 if static is None else static.data_ptr()
         a.cache, a.scales = addresses(cache, layer)
         kernel = elementwise.write_kernel(kv_kind(cache), KIND[qkv.dtype])
-        kernel.run(a, qkv.shape[0], threads_for(2 * qkv.numel()))
+        rows, threads = qkv.shape[0], threads_for(2 * qkv.numel())
+        kernel.run(a, rows, threads, long=rows > MANY_ROWS)
         return qkv[:, : a.heads]
 
     def attention(self, q: torch.Tensor, cache: KVCache, layer: int, step: Any) -> torch.Tensor:
@@ -195,15 +201,16 @@ class CpuOps(ReferenceOps):
             a.q, a.q_stride, a.out = q.data_ptr(), q.stride(0) * q.element_size(), out.data_ptr()
             a.cache, a.scales = addresses(cache, layer)
             a.window = window or 0
+        # Both are compiled by whatever comes first: a worker's first request, before it is Ready.
+        chunk, single = prefill.prefill_kernel(*kinds), attention.decode_kernel(*kinds)
         if len(step.chunks):
-            kernel = prefill.prefill_kernel(*kinds)
-            kernel.run(step.prefill, len(step.chunks) * lanes, step.threads)
+            chunk.run(step.prefill, len(step.chunks) * lanes, step.threads)
         splits = step.splits[window]
         if len(splits.items):
             a = step.decode
             a.items, a.row_parts = splits.items.ctypes.data, splits.parts.ctypes.data
             a.pending = splits.pending.ctypes.data
-            attention.decode_kernel(*kinds).run(a, len(splits.items) * lanes, step.threads)
+            single.run(a, len(splits.items) * lanes, step.threads)
         return out
 
 

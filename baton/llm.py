@@ -1,7 +1,9 @@
 """Offline generation: the engine of the services, in this process, behind vLLM's names."""
 
 import itertools
+import logging
 import queue
+import sys
 import time
 import weakref
 from collections import deque
@@ -10,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import structlog
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
@@ -95,6 +98,7 @@ class LLM:
         tensor_parallel_size: int = 1,
         batch_invariant: bool = False,
     ) -> None:
+        _log_to_stderr()
         self.config = EngineConfig(
             model=Path(model),
             dtype=dtype,
@@ -390,6 +394,15 @@ class _Speed:
             refresh=False,
         )
         self._bar.update()
+
+
+def _log_to_stderr() -> None:
+    """What a program prints is its own: warnings go to stderr, unless it has set up structlog."""
+    if not structlog.is_configured():
+        structlog.configure(
+            wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+            logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
+        )
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:

@@ -25,4 +25,5 @@ def stand_in() -> None:
     except ModuleNotFoundError:
         module = types.ModuleType("structlog")
         module.get_logger = lambda *args, **kwargs: _Log()
+        module.is_configured = lambda: True
         sys.modules["structlog"] = module

@@ -29,11 +29,13 @@ class Prefill(worker_pb2_grpc.PrefillServiceServicer):
 
     def __init__(self):
         self.error = None
+        self.begun = asyncio.Event()
         self.cancelled = asyncio.Event()
 
     async def Prefill(self, request, context):
         if self.error is not None:
             raise self.error
+        self.begun.set()
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -113,11 +115,7 @@ async def test_an_error_in_the_middle_of_a_stream_ends_it_with_its_status():
 async def test_cancelling_a_call_cancels_its_servicer():
     async with serving() as (_, channel, prefill, _):
         call = worker_pb2_grpc.PrefillServiceStub(channel).Prefill(pb.PrefillRequest())
-        await asyncio.sleep(0)
-        await channel.channel_ready()
-        worker = worker_pb2_grpc.WorkerServiceStub(channel)
-        # Calls of one channel start in order: once this one is answered, the first has begun.
-        assert (await worker.GetState(pb.GetStateRequest())).worker_id == "w"
+        await asyncio.wait_for(prefill.begun.wait(), 5)
         call.cancel()
         await asyncio.wait_for(prefill.cancelled.wait(), 5)
 
@@ -153,7 +151,7 @@ async def test_reflection_describes_the_services():
 
         names, methods = await asyncio.to_thread(describe)
         assert {PREFILL, DECODE, SERVICE_NAME, "grpc.health.v1.Health"} <= names
-        assert methods == ["Prefill"]
+        assert methods == ["Meet", "Prefill"]
 
 
 async def test_a_message_over_the_limit_is_refused():

@@ -124,3 +124,19 @@ def test_q_may_be_a_part_of_a_larger_tensor():
     args = (pages.payload, pages.scales, table, lengths, 20)
     whole = decode_attention(qkv[:, :4].contiguous(), *args, scale=0.125)
     assert torch.equal(decode_attention(qkv[:, :4], *args, scale=0.125), whole)
+
+
+def test_v_of_every_magnitude_and_of_zeros_adds_up():
+    pages, table = fill([600], 1, 64, 16, FP8, seed=11)
+    blocks = table[0, :38].long()
+    for first, factor in ((0, 100.0), (8, 0.0), (16, 1e-20), (24, 1.0), (32, 1e-3)):
+        pages.scales[blocks[first : first + 8], 1] *= factor
+    q = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(12)).to(HALF)
+    k, v = gather(pages, table[0, :38].tolist(), 600)
+    for context in (130, 400, 600):
+        length = torch.tensor([context], dtype=torch.int32)
+        args = (pages.payload, pages.scales, table, length, context)
+        for window in (None, 300):
+            out = decode_attention(q, *args, scale=0.125, window=window).double()
+            expected = attention64(q, k[:context], v[:context], 0.125, window)
+            torch.testing.assert_close(out, expected, rtol=5e-3, atol=1e-3 * expected.abs().max())

@@ -126,3 +126,20 @@ def test_nan_within_the_context_reaches_the_rows_that_see_it_and_no_other():
     out = run(pages, table, [40], [40], q)
     assert out[19:].isnan().all()
     assert not out[:19].isnan().any()
+
+
+@pytest.mark.parametrize("fp8_products", [False, True])
+def test_v_of_every_magnitude_and_of_zeros_adds_up(fp8_products):
+    pages, table = fill([230], 1, 64, 16, FP8, seed=11)
+    for first, factor in ((0, 100.0), (4, 0.0), (8, 1e-20), (11, 1.0)):
+        pages.scales[table[0, first : first + 4].long(), 1] *= factor
+    q = torch.randn(230, 2, 64, generator=torch.Generator().manual_seed(12)).to(HALF)
+    k, v = gather(pages, table[0, :15].tolist(), 230)
+    for window in (None, 40):
+        out = run(pages, table, [230], [230], q, window=window, fp8_products=fp8_products)
+        expected = attention64(q, k, v, 0.125, window)
+        error = (out.double() - expected).norm(dim=(1, 2))
+        if fp8_products:  # Q's rounding moves single rows further
+            assert error.norm() < 0.08 * expected.norm()
+        else:
+            assert (error <= 3e-3 * expected.norm(dim=(1, 2)) + 1e-7).all()

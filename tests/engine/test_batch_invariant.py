@@ -16,19 +16,28 @@ torch.set_num_threads(1)
 PROMPT = zoo.random_prompt(300, seed=5)
 
 
-@pytest.fixture(scope="module", params=[("llama", "bfloat16"), ("qwen3", "float32")])
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("llama", {"dtype": "bfloat16"}),
+        ("qwen3", {"dtype": "float32"}),
+        ("llama", {"dtype": "float32", "quantization": "fp8"}),
+        ("llama", {"dtype": "bfloat16", "quantization": "fp8-block"}),
+    ],
+    ids=["bfloat16", "float32", "fp8", "fp8-block"],
+)
 def case(request, tmp_path_factory):
-    arch, dtype = request.param
+    arch, numerics = request.param
     # Wide enough for a library to cut its products into blocks.
     path = tmp_path_factory.mktemp(arch)
     zoo.make_checkpoint(arch, False, path, head_dim=64, hidden_size=384, intermediate_size=512)
-    return path, dtype
+    return path, numerics
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "fp8_e4m3"])
 def test_logits_are_bitwise_those_of_a_request_alone(case, kv_dtype):
-    path, dtype = case
-    settings = {"dtype": dtype, "kv_dtype": kv_dtype, "max_model_len": 512, "num_blocks": 1500}
+    path, numerics = case
+    settings = {**numerics, "kv_dtype": kv_dtype, "max_model_len": 512, "num_blocks": 1500}
     runner = make_runner(path, batch_invariant=True, **settings)
     size, free = runner.layout.block_size, shuffled_blocks(runner)
     table = [free.pop() for _ in range(20)]
@@ -48,7 +57,7 @@ def test_logits_are_bitwise_those_of_a_request_alone(case, kv_dtype):
 
 
 def test_tokens_and_logprobs_of_a_batch_are_bitwise_those_of_requests_alone(case):
-    path, dtype = case
+    path, numerics = case
     prompts = [{"prompt_token_ids": zoo.random_prompt(3 + 9 * i, seed=i)} for i in range(12)]
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=3)
 
@@ -59,7 +68,7 @@ def test_tokens_and_logprobs_of_a_batch_are_bitwise_those_of_requests_alone(case
             for o in outputs
         ]
 
-    settings = {"dtype": dtype, "max_model_len": 256, "threads": 1, "batch_invariant": True}
+    settings = {**numerics, "max_model_len": 256, "threads": 1, "batch_invariant": True}
     llm = LLM(path, **settings)
     together = logprobs(llm, prompts)
     # Few blocks: sequences are preempted and computed again. No prefix is found again.
@@ -71,13 +80,13 @@ def test_tokens_and_logprobs_of_a_batch_are_bitwise_those_of_requests_alone(case
 
 
 def test_kv_of_other_numerics_has_another_key(case):
-    path, dtype = case
-    one, other = (make_runner(path, dtype=dtype, batch_invariant=b) for b in (False, True))
+    path, numerics = case
+    one, other = (make_runner(path, **numerics, batch_invariant=b) for b in (False, True))
     assert one.fingerprint != other.fingerprint
 
 
 def test_what_cannot_be_batch_invariant_is_refused_at_start():
-    with pytest.raises(ConfigError, match="batch_invariant needs the CPU kernels"):
+    with pytest.raises(ConfigError, match="batch_invariant needs the CPU or the Triton"):
         select_ops(torch.device("cpu"), "reference", batch_invariant=True)
     with pytest.raises(ConfigError, match="head size"):
         ModelRunner(EngineConfig(zoo.checkpoint("llama", False), batch_invariant=True))

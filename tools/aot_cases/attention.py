@@ -127,7 +127,7 @@ def prefill(
     args = {
         "q": kind, "payload": payload, "scales": "*fp32" if fp8 else None, "table": "*i32",
         "query_start": "*i32", "contexts": "*i32", "out": kind, "scale": d**-0.5 * LOG2_E,
-        "window": 0, "sequences": 1, "q_row": (heads + 2 * KV_HEADS) * d, "q_head": d,
+        "window": 1, "sequences": 1, "q_row": (heads + 2 * KV_HEADS) * d, "q_head": d,
         **page_strides(d, fp8), "table_row": 81, "out_row": heads * d, "out_head": d,
         "GROUP": group, "ROWS": rows, "D": d,
         "WIDTH": triton.next_power_of_2(d) // (1 if eight else 2), "BLOCK_SIZE": BLOCK_SIZE,

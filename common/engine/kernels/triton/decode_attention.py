@@ -117,7 +117,7 @@ def split_bounds(
     return begin, tl.minimum(begin + size, context), lowest, tl.cdiv(span, size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window"])
 def decode_kernel(
     q,
     payload,
@@ -209,7 +209,7 @@ def decode_kernel(
         tl.store(lse + part, most, mask=held & (splits > 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window"])
 def merge_kernel(
     partial,
     lse,

@@ -17,7 +17,7 @@ from tests.support.ranks import ranks_of
 
 TWO = ["--tensor-parallel", "2"]
 FOUR = ["--tensor-parallel", "4"]
-PROMPTS = [f"{i} codes: river=48{i} lamp=19{i} stone=27{i} cloud=91{i} " * 4 for i in range(6)]
+PROMPTS = [f"{i} codes: river=48{i} lamp=19{i} stone=27{i} cloud=91{i} " * 8 for i in range(6)]
 TOKENS = 24
 DEATH_S = 5.0
 

@@ -187,6 +187,9 @@ class Engine:
         self.name = name
         environment = dict(os.environ)
         environment.update(VLLM_CPU_KVCACHE_SPACE=str(KV_GIB), VLLM_NO_USAGE_STATS="1")
+        openmp = python.parent.parent / "lib" / "libiomp5.so"
+        if name == "vllm" and openmp.exists():  # as its installation guide asks
+            environment["LD_PRELOAD"] = str(openmp)
         with log.open("w") as errors:
             self.process = subprocess.Popen(
                 [python, __file__, "--engine", name, "--model", folder],

@@ -54,150 +54,198 @@ def scratch_bytes(group: int, head_dim: int) -> int:
     return 4 * (2 * group * head_dim + group * 17 * TILE_TOKENS + 2 * simd.LANES)
 
 
+@simd.part
+def load_queries(io, a, source, count, q, sums):
+    """`count` scaled queries, next to each other at `source`, as float32; their sums are zero."""
+    factor, zero = simd.splat(np.float32(a.scale)), simd.splat(np.float32(0.0))
+    for i in range(0, count * a.head_dim, 16):
+        x = simd.load(io, source + i * simd.size(io))
+        simd.store_float32(q + 4 * i, simd.mul(x, factor))
+        simd.store_float32(sums + 4 * i, zero)
+
+
+@simd.part
+def fetch_tile(kv, a, k):
+    """Has the caches fetch the tile of K at k, and V's: the pages of a sequence lie anywhere."""
+    v = k + a.block_heads * a.block_size * a.head_dim * simd.size(kv)
+    for i in range(0, TILE_TOKENS * a.head_dim * simd.size(kv), 64):
+        simd.prefetch(k + i)
+        simd.prefetch(v + i)
+
+
+@simd.part
+def multiply_keys(kv, group, a, k, count, q, products):
+    """Of `count` tokens and each head 16 numbers whose sum is the score."""
+    row_bytes = 4 * a.head_dim
+    for t in range(count):
+        rows = simd.zero_rows(group)
+        for c in range(0, a.head_dim, 16):
+            x = simd.load(kv, k + (t * a.head_dim + c) * simd.size(kv))
+            rows = simd.dot_rows(rows, x, q + 4 * c, row_bytes)
+        simd.store_rows(rows, products + 64 * t, 1024)
+
+
+@simd.part
+def fade_row(row, row_bytes, maximum, total, new):
+    """Sums and their total for a larger maximum than before."""
+    fade = simd.exp(simd.splat(simd.scalar_float32(maximum) - new))
+    simd.put_float32(maximum, new)
+    simd.put_float32(total, simd.scalar_float32(total) * simd.first(fade))
+    for i in range(0, row_bytes, 64):
+        simd.store_float32(row + i, simd.mul(simd.load_float32(row + i), fade))
+
+
+@simd.part
+def soften(kv, group, a, scale, count, products, weights, sums, maxima, totals):
+    """From products to the weights of V; `scale` is where K's scales are."""
+    row_bytes = 4 * a.head_dim
+    for g in range(group):
+        x = simd.totals(products + 1024 * g)
+        if kv == simd.E4M3:
+            x = simd.mul(x, simd.load_first(scale, count))
+        x = simd.keep_first(x, count, np.float32(-np.inf))
+        new, old = simd.largest(x), simd.scalar_float32(maxima + 4 * g)
+        if new > old:
+            fade_row(sums + g * row_bytes, row_bytes, maxima + 4 * g, totals + 4 * g, new)
+        else:
+            new = old
+        p = simd.exp(simd.add(x, simd.splat(-new)))
+        total = simd.scalar_float32(totals + 4 * g) + simd.total(p)
+        simd.put_float32(totals + 4 * g, total)
+        if kv == simd.E4M3:
+            p = simd.mul(p, simd.load_first(scale + 4 * a.block_heads * a.block_size, count))
+        simd.store_float32(weights + 64 * g, p)
+
+
+@simd.part
+def add_values(kv, group, a, v, count, weights, sums):
+    """Adds `count` tokens of V, weighted."""
+    row_bytes = 4 * a.head_dim
+    for c in range(0, a.head_dim, 16):
+        rows = simd.load_rows(group, sums + 4 * c, row_bytes)
+        for t in range(count):
+            x = simd.load(kv, v + (t * a.head_dim + c) * simd.size(kv))
+            rows = simd.mix_rows(rows, x, weights + 4 * t, 64)
+        simd.store_rows(rows, sums + 4 * c, row_bytes)
+
+
+@simd.part
+def attend_tokens(kv, group, a, table, kv_head, start, end, q):
+    """A group's queries at q over the tokens [start, end) of a sequence; see scratch_bytes."""
+    row_bytes = 4 * a.head_dim
+    sums = q + group * row_bytes
+    products = sums + group * row_bytes
+    weights = products + group * 1024
+    maxima = weights + group * 64
+    simd.store_float32(maxima, simd.splat(np.float32(-np.inf)))
+    simd.store_float32(maxima + 64, simd.splat(np.float32(0.0)))
+    token_bytes = a.head_dim * simd.size(kv)
+    head_bytes = a.block_size * token_bytes
+    keys = a.cache + kv_head * head_bytes
+    token = start
+    while token < end:
+        inside = token % a.block_size
+        stop = min(token - token % TILE_TOKENS + TILE_TOKENS, end, token + a.block_size - inside)
+        block = simd.scalar_int32(table + 4 * (token // a.block_size)) * a.block_bytes
+        k = keys + block + inside * token_bytes
+        if stop < end:
+            ahead = simd.scalar_int32(table + 4 * (stop // a.block_size)) * a.block_bytes
+            fetch_tile(kv, a, keys + ahead + stop % a.block_size * token_bytes)
+        scale = a.scales + block + 4 * (kv_head * a.block_size + inside)
+        multiply_keys(kv, group, a, k, stop - token, q, products)
+        soften(kv, group, a, scale, stop - token, products, weights, sums, maxima, maxima + 64)
+        add_values(kv, group, a, k + a.block_heads * head_bytes, stop - token, weights, sums)
+        token = stop
+
+
+@simd.part
+def save_part(group, row_bytes, sums, maxima, target):
+    """Sums, and for each head its maximum and total in a line of 64 bytes."""
+    for i in range(0, group * row_bytes, 64):
+        simd.store_float32(target + i, simd.load_float32(sums + i))
+    for g in range(group):
+        at = target + group * row_bytes + 64 * g
+        simd.put_float32(at, simd.scalar_float32(maxima + 4 * g))
+        simd.put_float32(at + 4, simd.scalar_float32(maxima + 64 + 4 * g))
+
+
+@simd.part
+def merge_parts(group, row_bytes, parts, stride, count, sums, totals):
+    """`count` parts that are `stride` bytes apart, in their order."""
+    zero = simd.splat(np.float32(0.0))
+    for g in range(group):
+        row = sums + g * row_bytes
+        at = parts + group * row_bytes + 64 * g
+        new = np.float32(-np.inf)
+        for s in range(count):
+            x = simd.scalar_float32(at + s * stride)
+            if x > new:
+                new = x
+        total = np.float32(0.0)
+        for i in range(0, row_bytes, 64):
+            simd.store_float32(row + i, zero)
+        for s in range(count):
+            fade = simd.exp(simd.splat(simd.scalar_float32(at + s * stride) - new))
+            total += simd.first(fade) * simd.scalar_float32(at + s * stride + 4)
+            for i in range(0, row_bytes, 64):
+                x = simd.load_float32(parts + s * stride + g * row_bytes + i)
+                simd.store_float32(row + i, simd.fma(x, fade, simd.load_float32(row + i)))
+        simd.put_float32(totals + 4 * g, total)
+
+
+@simd.part
+def write_row(io, dim, row, total, target):
+    """One head's result: its sums over their total."""
+    by = simd.splat(simd.scalar_float32(total))
+    for i in range(0, dim, 16):
+        x = simd.div(simd.load_float32(row + 4 * i), by)
+        simd.store(io, target + i * simd.size(io), x)
+
+
 @cache
 def decode_kernel(kv: int, io: int, group: int) -> Kernel:
     """kv and io: simd's kind of the cache's and of the queries' numbers; group: heads at once."""
-    element = (4, 2, 1)[kv]
-    has_scales = kv == simd.E4M3
-    io_element = (4, 2)[io]
 
     def paged_decode(address):
         a = carray(address, 1)[0]
-        next_item = simd.address_of(address)
-        dim = a.head_dim
-        row_bytes = 4 * dim
-        thread = simd.fetch_add(next_item + 8, 1)
-        q = a.scratch + thread * a.scratch_bytes
+        counters = simd.address_of(address)
+        dim, row_bytes, lanes = a.head_dim, 4 * a.head_dim, a.kv_heads * a.passes
+        q = a.scratch + simd.fetch_add(counters + 8, 1) * a.scratch_bytes
         sums = q + group * row_bytes
-        products = sums + group * row_bytes
-        weights = products + group * 1024
-        maxima = weights + group * 64
-        totals = maxima + 64
-        head_block = a.block_size * dim * element
-        scale_step = 4 * a.block_heads * a.block_size
+        maxima = sums + group * (row_bytes + 1024 + 64)
+        part_bytes = group * (row_bytes + 64)
         while True:
-            item = simd.fetch_add(next_item, 1)
+            item = simd.fetch_add(counters, 1)
             if item >= a.num_items:
                 break
-            per_split = a.kv_heads * a.passes
-            which = item // per_split
-            lane = item % per_split
-            kv_head = lane // a.passes
-            row = simd.scalar_int32(a.items + 8 * which)
-            split = simd.scalar_int32(a.items + 8 * which + 4)
+            lane = item % lanes
+            row = simd.scalar_int32(a.items + 8 * (item // lanes))
+            split = simd.scalar_int32(a.items + 8 * (item // lanes) + 4)
             context = simd.scalar_int32(a.row_context + 4 * row)
             table = a.tables + 4 * a.table_width * simd.scalar_int32(a.row_sequence + 4 * row)
-            first_head = lane * group
-            start = split * SPLIT_TOKENS
-            end = min(start + SPLIT_TOKENS, context)
+            first = 0
             if a.window > 0:
-                start = max(start, context - a.window)
-            source = a.q + row * a.q_stride + first_head * dim * io_element
-            factor = simd.splat(np.float32(a.scale))
-            zero = simd.splat(np.float32(0.0))
-            for i in range(0, group * dim, 16):
-                x = simd.load(io, source + i * io_element)
-                simd.store_float32(q + 4 * i, simd.mul(x, factor))
-                simd.store_float32(sums + 4 * i, zero)
-            simd.store_float32(maxima, simd.splat(np.float32(-np.inf)))
-            simd.store_float32(totals, zero)
-
-            token = start
-            while token < end:
-                inside = token % a.block_size
-                stop = min(token - token % 16 + 16, end, token + a.block_size - inside)
-                count = stop - token
-                block = simd.scalar_int32(table + 4 * (token // a.block_size)) * a.block_bytes
-                k = a.cache + block + kv_head * head_block + inside * dim * element
-                v = k + a.block_heads * head_block
-                scale = a.scales + block + 4 * (kv_head * a.block_size + inside)
-                if stop < end:
-                    ahead = simd.scalar_int32(table + 4 * (stop // a.block_size)) * a.block_bytes
-                    ahead += a.cache + kv_head * head_block + stop % a.block_size * dim * element
-                    for i in range(0, TILE_TOKENS * dim * element, 64):
-                        simd.prefetch(ahead + i)
-                        simd.prefetch(ahead + a.block_heads * head_block + i)
-                for t in range(count):
-                    rows = simd.zero_rows(group)
-                    for c in range(0, dim, 16):
-                        x = simd.load(kv, k + (t * dim + c) * element)
-                        rows = simd.dot_rows(rows, x, q + 4 * c, row_bytes)
-                    simd.store_rows(rows, products + 64 * t, 1024)
-                for g in range(group):
-                    x = simd.totals(products + 1024 * g)
-                    if has_scales:
-                        x = simd.mul(x, simd.load_first(scale, count))
-                    x = simd.keep_first(x, count, np.float32(-np.inf))
-                    old = simd.scalar_float32(maxima + 4 * g)
-                    new = simd.largest(x)
-                    if not new > old:
-                        new = old
-                    p = simd.exp(simd.add(x, simd.splat(-new)))
-                    total = simd.scalar_float32(totals + 4 * g)
-                    if new > old:
-                        simd.put_float32(maxima + 4 * g, new)
-                        fade = simd.exp(simd.splat(old - new))
-                        total *= simd.first(fade)
-                        for i in range(g * dim, g * dim + dim, 16):
-                            y = simd.load_float32(sums + 4 * i)
-                            simd.store_float32(sums + 4 * i, simd.mul(y, fade))
-                    simd.put_float32(totals + 4 * g, total + simd.total(p))
-                    if has_scales:
-                        p = simd.mul(p, simd.load_first(scale + scale_step, count))
-                    simd.store_float32(weights + 64 * g, p)
-                for c in range(0, dim, 16):
-                    rows = simd.load_rows(group, sums + 4 * c, row_bytes)
-                    for t in range(count):
-                        x = simd.load(kv, v + (t * dim + c) * element)
-                        rows = simd.mix_rows(rows, x, weights + 4 * t, 64)
-                    simd.store_rows(rows, sums + 4 * c, row_bytes)
-                token = stop
-
-            out = a.out + (row * per_split * group + first_head) * dim * io_element
+                first = max(0, context - a.window)
+            start, end = split * SPLIT_TOKENS, min(split * SPLIT_TOKENS + SPLIT_TOKENS, context)
+            head = lane * group * dim * simd.size(io)
+            load_queries(io, a, a.q + row * a.q_stride + head, group, q, sums)
+            attend_tokens(kv, group, a, table, lane // a.passes, max(start, first), end, q)
             first_part = simd.scalar_int32(a.row_parts + 4 * row)
-            part_bytes = group * (row_bytes + 64)
             if first_part >= 0:
-                first_split = 0
-                if a.window > 0:
-                    first_split = max(0, context - a.window) // SPLIT_TOKENS
-                splits = (context - 1) // SPLIT_TOKENS + 1 - first_split
-                stride = per_split * part_bytes
+                skipped = first // SPLIT_TOKENS
+                count = (context - 1) // SPLIT_TOKENS + 1 - skipped
+                stride = lanes * part_bytes
                 parts = a.parts + first_part * stride + lane * part_bytes
-                mine = parts + (split - first_split) * stride
-                for g in range(group):
-                    for i in range(0, dim, 16):
-                        x = simd.load_float32(sums + g * row_bytes + 4 * i)
-                        simd.store_float32(mine + g * row_bytes + 4 * i, x)
-                    at = mine + group * row_bytes + 64 * g
-                    simd.put_float32(at, simd.scalar_float32(maxima + 4 * g))
-                    simd.put_float32(at + 4, simd.scalar_float32(totals + 4 * g))
-                waiting = a.pending + 8 * (row * per_split + lane)
+                save_part(group, row_bytes, sums, maxima, parts + (split - skipped) * stride)
+                waiting = a.pending + 8 * (row * lanes + lane)
                 if simd.fetch_add(waiting, -1) > 1:
                     continue
-                # The last to come merges all parts, in their order.
-                simd.fetch_add(waiting, splits)
-                for g in range(group):
-                    at = parts + group * row_bytes + 64 * g
-                    new = np.float32(-np.inf)
-                    for s in range(splits):
-                        x = simd.scalar_float32(at + s * stride)
-                        if x > new:
-                            new = x
-                    total = np.float32(0.0)
-                    for i in range(0, dim, 16):
-                        simd.store_float32(sums + g * row_bytes + 4 * i, zero)
-                    for s in range(splits):
-                        fade = simd.exp(simd.splat(simd.scalar_float32(at + s * stride) - new))
-                        total += simd.first(fade) * simd.scalar_float32(at + s * stride + 4)
-                        for i in range(g * row_bytes, g * row_bytes + row_bytes, 64):
-                            x = simd.load_float32(parts + s * stride + i)
-                            y = simd.load_float32(sums + i)
-                            simd.store_float32(sums + i, simd.fma(x, fade, y))
-                    simd.put_float32(totals + 4 * g, total)
+                # The last to come merges all.
+                simd.fetch_add(waiting, count)
+                merge_parts(group, row_bytes, parts, stride, count, sums, maxima + 64)
+            out = a.out + row * lanes * group * dim * simd.size(io) + head
             for g in range(group):
-                by = simd.splat(simd.scalar_float32(totals + 4 * g))
-                for i in range(0, dim, 16):
-                    x = simd.load_float32(sums + g * row_bytes + 4 * i)
-                    simd.store(io, out + (g * dim + i) * io_element, simd.div(x, by))
+                target = out + g * dim * simd.size(io)
+                write_row(io, dim, sums + g * row_bytes, maxima + 64 + 4 * g, target)
 
     return compile_kernel(paged_decode, DecodeArguments)

@@ -12,6 +12,7 @@ import numpy as np
 from numba import carray
 
 from common.engine.kernels.cpu import simd
+from common.engine.kernels.cpu.attention import fade_row, load_queries, write_row
 from common.engine.kernels.cpu.launch import Kernel, compile_kernel, fields
 
 TILE_TOKENS = 64
@@ -47,151 +48,144 @@ def scratch_bytes(group: int, head_dim: int) -> int:
     return -(-4 * floats // 64) * 64
 
 
+@simd.part
+def load_rows_of(io, group, a, source, rows, most, q, sums):
+    """The scaled queries of an item, a row for each token and head, zeros up to `most` rows."""
+    row_bytes, zero = 4 * a.head_dim, simd.splat(np.float32(0.0))
+    tokens = rows // group
+    for token in range(tokens):
+        at = token * group * row_bytes
+        load_queries(io, a, source + token * a.q_stride, group, q + at, sums + at)
+    for i in range(rows * row_bytes, most * row_bytes, 64):
+        simd.store_float32(q + i, zero)
+        simd.store_float32(sums + i, zero)
+
+
+@simd.part
+def load_tile(kv, a, table, kv_head, tile, start, end, keys, values, block):
+    """K and V of the tokens [tile, tile + 64) as float32, zeros outside [start, end); K as a
+    column for each token."""
+    head_bytes = a.block_size * a.head_dim * simd.size(kv)
+    for t in range(0, TILE_TOKENS, 16):
+        for c in range(0, a.head_dim, 16):
+            for s in range(16):
+                token = tile + t + s
+                x = simd.splat(np.float32(0.0))
+                y = simd.splat(np.float32(0.0))
+                if token >= start and token < end:
+                    inside = token % a.block_size
+                    page = simd.scalar_int32(table + 4 * (token // a.block_size)) * a.block_bytes
+                    k = a.cache + page + kv_head * head_bytes
+                    k += (inside * a.head_dim + c) * simd.size(kv)
+                    x, y = simd.load(kv, k), simd.load(kv, k + a.block_heads * head_bytes)
+                    if kv == simd.E4M3:
+                        k = a.scales + page + 4 * (kv_head * a.block_size + inside)
+                        x = simd.mul(x, simd.splat(simd.scalar_float32(k)))
+                        k += 4 * a.block_heads * a.block_size
+                        y = simd.mul(y, simd.splat(simd.scalar_float32(k)))
+                simd.store_float32(block + 64 * s, x)
+                simd.store_float32(values + 4 * ((t + s) * a.head_dim + c), y)
+            simd.transpose(block, keys + 256 * c + 4 * t, 256)
+
+
+@simd.part
+def multiply_rows(dim, rows, row_bytes, keys, weights):
+    """8 rows of queries by the tile's K: their scores [8, 64]."""
+    for t in range(0, 256, 128):
+        products = simd.zero_rows(16)
+        for d in range(dim):
+            products = simd.add_products(products, rows + 4 * d, row_bytes, keys + 256 * d + t)
+        simd.store_block(products, weights + t, 256)
+
+
+@simd.part
+def add_tile(row_bytes, values, weights, sums):
+    """8 rows of weights by the tile's V, added to 8 rows of sums."""
+    for c in range(0, row_bytes, 128):
+        products = simd.load_block(sums + c, row_bytes)
+        for t in range(TILE_TOKENS):
+            at = values + t * row_bytes + c
+            products = simd.add_products(products, weights + 4 * t, 256, at)
+        simd.store_block(products, sums + c, row_bytes)
+
+
+@simd.part
+def soften_row(p, low, high, row, row_bytes, maximum, total):
+    """From the scores of a tile, of which [low, high) are seen, to the weights of V."""
+    if low > 0 or high < TILE_TOKENS:
+        for t in range(0, TILE_TOKENS, 16):
+            x = simd.hide_outside(simd.load_float32(p + 4 * t), low - t, high - t)
+            simd.store_float32(p + 4 * t, x)
+    left = simd.larger(simd.load_float32(p), simd.load_float32(p + 64))
+    right = simd.larger(simd.load_float32(p + 128), simd.load_float32(p + 192))
+    new, old = simd.largest(simd.larger(left, right)), simd.scalar_float32(maximum)
+    if new > old:
+        fade_row(row, row_bytes, maximum, total, new)
+    else:
+        new = old
+    # A row that has seen nothing yet has no maximum.
+    shift = simd.splat(np.float32(0.0))
+    if new > np.float32(-np.inf):
+        shift = simd.splat(-new)
+    x = simd.splat(np.float32(0.0))
+    for t in range(0, 256, 64):
+        y = simd.exp(simd.add(simd.load_float32(p + t), shift))
+        simd.store_float32(p + t, y)
+        x = simd.add(x, y)
+    simd.put_float32(total, simd.scalar_float32(total) + simd.total(x))
+
+
 @cache
 def prefill_kernel(kv: int, io: int, group: int) -> Kernel:
     """kv and io: simd's kind of the cache's and of the queries' numbers; group: heads at once."""
-    element = (4, 2, 1)[kv]
-    has_scales = kv == simd.E4M3
-    io_element = (4, 2)[io]
     most = queries_of_item(group) * group
 
     def paged_prefill(address):
         a = carray(address, 1)[0]
-        next_item = simd.address_of(address)
-        dim = a.head_dim
-        row_bytes = 4 * dim
-        thread = simd.fetch_add(next_item + 8, 1)
-        q = a.scratch + thread * a.scratch_bytes
+        counters = simd.address_of(address)
+        dim, row_bytes, lanes = a.head_dim, 4 * a.head_dim, a.kv_heads * a.passes
+        q = a.scratch + simd.fetch_add(counters + 8, 1) * a.scratch_bytes
         sums = q + most * row_bytes
         keys = sums + most * row_bytes
-        values = keys + 64 * row_bytes
-        weights = values + 64 * row_bytes
+        values = keys + TILE_TOKENS * row_bytes
+        weights = values + TILE_TOKENS * row_bytes
         block = weights + 8 * 256
         maxima = block + 1024
         totals = maxima + 4 * most
-        head_block = a.block_size * dim * element
-        zero = simd.splat(np.float32(0.0))
-        lowest = np.float32(-np.inf)
         while True:
-            item = simd.fetch_add(next_item, 1)
+            item = simd.fetch_add(counters, 1)
             if item >= a.num_items:
                 break
-            lanes = a.kv_heads * a.passes
-            lane = item % lanes
-            at = a.items + 16 * (item // lanes)
+            lane, at = item % lanes, a.items + 16 * (item // lanes)
             table = a.tables + 4 * a.table_width * simd.scalar_int32(at)
-            first_row = simd.scalar_int32(at + 4)
-            queries = simd.scalar_int32(at + 8)
+            first_row, queries = simd.scalar_int32(at + 4), simd.scalar_int32(at + 8)
             position = simd.scalar_int32(at + 12)
-            kv_head = lane // a.passes
-            rows = queries * group
-            factor = simd.splat(np.float32(a.scale))
-            for row in range(most):
-                token = row // group
-                source = a.q + (first_row + token) * a.q_stride
-                source += (lane * group + row % group) * dim * io_element
-                for i in range(0, dim, 16):
-                    x = zero
-                    if row < rows:
-                        x = simd.mul(simd.load(io, source + i * io_element), factor)
-                    simd.store_float32(q + row * row_bytes + 4 * i, x)
-                    simd.store_float32(sums + row * row_bytes + 4 * i, zero)
-                simd.put_float32(maxima + 4 * row, lowest)
-                simd.put_float32(totals + 4 * row, np.float32(0.0))
-            end = position + queries
-            start = 0
+            rows, end, start = queries * group, position + queries, 0
             if a.window > 0:
                 start = max(0, position + 1 - a.window)
-            for tile in range(start - start % 64, end, 64):
-                # K and V of the tile as float32, K transposed: a column for each token.
-                for t in range(0, 64, 16):
-                    for c in range(0, dim, 16):
-                        for s in range(16):
-                            token = tile + t + s
-                            x, y = zero, zero
-                            if token >= start and token < end:
-                                inside = token % a.block_size
-                                page = simd.scalar_int32(table + 4 * (token // a.block_size))
-                                page *= a.block_bytes
-                                k = a.cache + page + kv_head * head_block
-                                k += (inside * dim + c) * element
-                                x = simd.load(kv, k)
-                                y = simd.load(kv, k + a.block_heads * head_block)
-                                if has_scales:
-                                    k = a.scales + page + 4 * (kv_head * a.block_size + inside)
-                                    by = simd.splat(simd.scalar_float32(k))
-                                    x = simd.mul(x, by)
-                                    k += 4 * a.block_heads * a.block_size
-                                    y = simd.mul(y, simd.splat(simd.scalar_float32(k)))
-                            simd.store_float32(block + 64 * s, x)
-                            simd.store_float32(values + (t + s) * row_bytes + 4 * c, y)
-                        simd.transpose(block, keys + 256 * c + 4 * t, 256)
+            head = lane * group * dim * simd.size(io)
+            source = a.q + first_row * a.q_stride + head
+            load_rows_of(io, group, a, source, rows, most, q, sums)
+            for row in range(most):
+                simd.put_float32(maxima + 4 * row, np.float32(-np.inf))
+                simd.put_float32(totals + 4 * row, np.float32(0.0))
+            for tile in range(start - start % TILE_TOKENS, end, TILE_TOKENS):
+                load_tile(kv, a, table, lane // a.passes, tile, start, end, keys, values, block)
                 for row in range(0, rows, 8):
-                    last = position + min(row + 7, rows - 1) // group
-                    if tile > last:
+                    if tile > position + min(row + 7, rows - 1) // group:
                         continue
-                    for t in range(0, 256, 128):
-                        products = simd.zero_rows(16)
-                        for d in range(dim):
-                            products = simd.add_products(
-                                products,
-                                q + row * row_bytes + 4 * d,
-                                row_bytes,
-                                keys + 256 * d + t,
-                            )
-                        simd.store_block(products, weights + t, 256)
-                    for r in range(8):
-                        p = weights + 256 * r
-                        place = position + (row + r) // group - tile
-                        hidden = np.int64(0)
+                    multiply_rows(dim, q + row * row_bytes, row_bytes, keys, weights)
+                    for r in range(row, row + 8):
+                        seen, hidden = position + r // group + 1 - tile, np.int64(0)
                         if a.window > 0:
-                            hidden = max(0, place + 1 - a.window)
-                        if place < 63 or hidden > 0:
-                            for t in range(0, 64, 16):
-                                x = simd.load_float32(p + 4 * t)
-                                x = simd.hide_outside(x, hidden - t, place + 1 - t)
-                                simd.store_float32(p + 4 * t, x)
-                        x = simd.larger(
-                            simd.larger(simd.load_float32(p), simd.load_float32(p + 64)),
-                            simd.larger(simd.load_float32(p + 128), simd.load_float32(p + 192)),
-                        )
-                        old = simd.scalar_float32(maxima + 4 * (row + r))
-                        new = simd.largest(x)
-                        if not new > old:
-                            new = old
-                        # A row that sees nothing of the tile has no maximum yet.
-                        shift = zero
-                        if new > lowest:
-                            shift = simd.splat(-new)
-                        x = zero
-                        for t in range(0, 256, 64):
-                            y = simd.exp(simd.add(simd.load_float32(p + t), shift))
-                            simd.store_float32(p + t, y)
-                            x = simd.add(x, y)
-                        total = simd.scalar_float32(totals + 4 * (row + r))
-                        if new > old:
-                            fade = simd.exp(simd.splat(old - new))
-                            total *= simd.first(fade)
-                            simd.put_float32(maxima + 4 * (row + r), new)
-                            for i in range((row + r) * row_bytes, (row + r + 1) * row_bytes, 64):
-                                y = simd.load_float32(sums + i)
-                                simd.store_float32(sums + i, simd.mul(y, fade))
-                        simd.put_float32(totals + 4 * (row + r), total + simd.total(x))
-                    for c in range(0, row_bytes, 128):
-                        at = sums + row * row_bytes + c
-                        products = simd.load_block(at, row_bytes)
-                        for t in range(64):
-                            products = simd.add_products(
-                                products, weights + 4 * t, 256, values + t * row_bytes + c
-                            )
-                        simd.store_block(products, at, row_bytes)
-            out_row = a.kv_heads * a.passes * group * dim * io_element
+                            hidden = max(0, seen - a.window)
+                        p, into = weights + 256 * (r - row), sums + r * row_bytes
+                        soften_row(p, hidden, seen, into, row_bytes, maxima + 4 * r, totals + 4 * r)
+                    add_tile(row_bytes, values, weights, sums + row * row_bytes)
+            token_bytes = lanes * group * dim * simd.size(io)
             for row in range(rows):
-                target = a.out + (first_row + row // group) * out_row
-                target += (lane * group + row % group) * dim * io_element
-                by = simd.splat(simd.scalar_float32(totals + 4 * row))
-                for i in range(0, dim, 16):
-                    x = simd.load_float32(sums + row * row_bytes + 4 * i)
-                    simd.store(io, target + i * io_element, simd.div(x, by))
+                target = a.out + (first_row + row // group) * token_bytes + head
+                target += row % group * dim * simd.size(io)
+                write_row(io, dim, sums + row * row_bytes, totals + 4 * row, target)
 
     return compile_kernel(paged_prefill, PrefillArguments)

@@ -395,6 +395,19 @@ def exp(builder, x):
     return builder.select(low, _lanes(F32, 0.0), out)
 
 
+# Parts of kernels ----------------------------------------------------------------------------
+
+
+def part(function: Callable) -> Callable:
+    """A function that kernels call; constants among its arguments are constants in it too."""
+
+    def typing(*arguments):
+        return function
+
+    overload(function, strict=False, prefer_literal=True)(typing)
+    return function
+
+
 # By the kind of number, a constant where the kernel is compiled ---------------------------------
 
 FLOAT32, BFLOAT16, E4M3 = range(3)
@@ -416,6 +429,17 @@ def store(kind: int, address: int, value: Any) -> None:
 def _load(kind, address):
     chosen = _LOADS[kind.literal_value]
     return lambda kind, address: chosen(address)
+
+
+def size(kind: int) -> int:
+    """Bytes of an element of a kind."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(size, prefer_literal=True)
+def _size(kind):
+    count = (4, 2, 1)[kind.literal_value]
+    return lambda kind: count
 
 
 @overload(store, prefer_literal=True)

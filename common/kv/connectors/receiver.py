@@ -46,6 +46,8 @@ log = structlog.get_logger("handoff")
 
 # How often the engine is woken to look at leases while handoffs are open.
 TICK_S = 0.25
+# What the call of a handoff that is complete gets to end by itself.
+LANDED_GRACE_S = 1.0
 
 
 class HandoffReceiver(KVConnector):
@@ -454,10 +456,13 @@ class HandoffReceiver(KVConnector):
         return Verdict.ACCEPTED
 
     def _release(self, transfer: Transfer, error: str | None) -> None:
-        """Forget a handoff that ended; its call is cancelled unless it ends by itself."""
+        """Forget a handoff that ended; its call is cancelled unless it soon ends by itself."""
         self._transfers.pop(transfer.id, None)
         self._by_request.pop(transfer.request_id, None)
-        if error is not None and transfer.call is not None:
+        if transfer.call is not None and error is None:
+            # A frame that was not needed any more may be on its way still, or lost.
+            self._loop.call_soon(_cancel_later, transfer.call)
+        elif transfer.call is not None:
             transfer.call.cancel()
         if transfer.span is not None:
             transfer.span.set_attribute("handoff.attempts", transfer.generation)
@@ -486,6 +491,10 @@ def _registered(part: T | None) -> T:
     if part is None:
         raise HandoffError("the connector was used before register_kv_caches")
     return part
+
+
+def _cancel_later(call: "Future[Any]") -> None:
+    asyncio.get_running_loop().call_later(LANDED_GRACE_S, call.cancel)
 
 
 def _answer(verdicts: list[tuple["asyncio.Future[int]", int]]) -> None:

@@ -22,7 +22,7 @@ from common.kv.handoff import HandoffPolicy, PrefillCandidates
 from common.kv.keys import chain_keys
 from common.rpc.loop import LoopThread
 from tests.kv.store_process import ROOT, StoreProcess
-from tests.kv.support import CARD, FINGERPRINT, PrefillWorker
+from tests.kv.support import CARD, FINGERPRINT, PrefillWorker, until
 
 pytestmark = pytest.mark.timeout(120)
 EXAMPLE = ROOT / "examples" / "folder_connector"
@@ -90,8 +90,11 @@ def of_the_example(folder: Path) -> Iterator[Subject]:
     from folder_connector import FolderConnector
 
     def spoil() -> None:
-        for path in folder.glob("kv/*"):
-            path.write_bytes(path.read_bytes()[:-1])
+        # A block is written beside its place, with a suffix, and then moved there.
+        until(lambda: not list(folder.glob("kv/*.*")))
+        for path in list(folder.glob("kv/*")):
+            if not path.suffix:
+                path.write_bytes(path.read_bytes()[:-1])
 
     yield Subject(lambda: FolderConnector(folder / "kv"), spoil=spoil)
     sys.path.remove(str(EXAMPLE))

@@ -183,10 +183,13 @@ def serve(name: str, folder: Path) -> None:
 class Engine:
     """An engine's processes, a group of their own, stopped between measurements."""
 
-    def __init__(self, name: str, python: Path, folder: Path, log: Path) -> None:
+    def __init__(self, name: str, python: Path, folder: Path, log: Path, threads: int) -> None:
         self.name = name
         environment = dict(os.environ)
         environment.update(VLLM_CPU_KVCACHE_SPACE=str(KV_GIB), VLLM_NO_USAGE_STATS="1")
+        # Left to itself vLLM keeps a core free of its matrices, which is half of two.
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{threads - 1}"
+        environment["OMP_NUM_THREADS"] = str(threads)
         openmp = python.parent.parent / "lib" / "libiomp5.so"
         if name == "vllm" and openmp.exists():  # as its installation guide asks
             environment["LD_PRELOAD"] = str(openmp)
@@ -278,6 +281,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("/tmp/baton-llama-88m"))
     parser.add_argument("--engines", default="baton,vllm", help="of " + ",".join(ENGINES))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each engine")
     parser.add_argument("--points", default="", help="indices of the points, all by default")
     parser.add_argument("--logs", type=Path, default=Path("/tmp"))
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
@@ -293,7 +297,7 @@ def main() -> None:
             if name != "baton" and options.peers:
                 python = options.peers / "bin" / "python"
             log = options.logs / f"cpu-peers-{name}.log"
-            engines.append(Engine(name, python, options.model, log))
+            engines.append(Engine(name, python, options.model, log, options.threads))
             print(f"{name} {engines[-1].version}: loaded in {engines[-1].load_s:.1f} s", flush=True)
         chosen = [POINTS[int(i)] for i in options.points.split(",")] if options.points else POINTS
         measure(engines, chosen, options.rounds)

@@ -51,6 +51,7 @@ class DrivenWorker:
     """An engine's turn, driven by hand. Raises AssertionError when a step would read wrong KV.
 
     step_tokens      most tokens of a step
+    block_size       tokens in a page, all else as in LAYOUT
     computed_tokens  so far
     on_turn          called after each turn
     on_layer         called within a step after save_kv_layer
@@ -60,27 +61,30 @@ class DrivenWorker:
     num_blocks: int = 64
     step_tokens: int = 64
     fingerprint: bytes = FINGERPRINT
+    block_size: int = BLOCK_SIZE
     outputs: dict[str, list[RequestOutput]] = field(default_factory=dict)
     computed_tokens: int = 0
     on_turn: Callable[["DrivenWorker"], None] | None = None
     on_layer: Callable[[int], None] | None = None
 
     def __post_init__(self) -> None:
-        self.cache = torch.zeros(self.num_blocks, LAYOUT.block_bytes, dtype=torch.uint8)
-        data, shape = self.cache.numpy(), (self.num_blocks, LAYOUT.num_layers, VECTORS, BLOCK_SIZE)
-        self.vectors = data[:, : LAYOUT.payload_bytes].reshape(*shape, VECTOR_BYTES)
-        self.scales = data[:, LAYOUT.payload_bytes :].reshape(*shape, SCALE_BYTES)
+        layout = LAYOUT.with_block_size(self.block_size)
+        self.cache = torch.zeros(self.num_blocks, layout.block_bytes, dtype=torch.uint8)
+        data = self.cache.numpy()
+        shape = (self.num_blocks, layout.num_layers, VECTORS, self.block_size)
+        self.vectors = data[:, : layout.payload_bytes].reshape(*shape, VECTOR_BYTES)
+        self.scales = data[:, layout.payload_bytes :].reshape(*shape, SCALE_BYTES)
         self.woken = threading.Event()
         self.blocks = BlockManager(self.num_blocks)
         config = SchedulerConfig(
-            block_size=BLOCK_SIZE,
+            block_size=self.block_size,
             max_model_len=4096,
             vocab_size=VOCAB,
             max_num_batched_tokens=self.step_tokens,
             fingerprint=self.fingerprint,
         )
         self.connector.register_kv_caches(
-            KVCaches(self.cache, LAYOUT, self.fingerprint, self.woken.set)
+            KVCaches(self.cache, layout, self.fingerprint, self.woken.set)
         )
         self.scheduler = Scheduler(config, self.blocks, self.connector)
 
@@ -167,7 +171,7 @@ class DrivenWorker:
 
     def row(self, block_table: list[int], position: int) -> tuple[np.ndarray, np.ndarray]:
         """Where a token's vectors are, and their scales: [num_layers, VECTORS, bytes] each."""
-        page, token = block_table[position // BLOCK_SIZE], position % BLOCK_SIZE
+        page, token = block_table[position // self.block_size], position % self.block_size
         return self.vectors[page, :, :, token], self.scales[page, :, :, token]
 
     def _keep(self, outputs: list[RequestOutput]) -> None:

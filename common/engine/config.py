@@ -9,6 +9,7 @@ from pathlib import Path
 from common.engine.json_file import JsonReader
 from common.engine.quantization.scheme import SCHEMES, Quantization, parse_quantization
 from common.errors import CheckpointError, ConfigError
+from common.kv.layout import MAX_BLOCK_SIZE
 
 DTYPES = ("auto", "float32", "bfloat16")
 KV_DTYPES = ("auto", "float32", "bf16", "fp8_e4m3")
@@ -317,7 +318,7 @@ class EngineConfig:
         if self.quantization is not None:
             _check_choice("quantization", self.quantization, tuple(SCHEMES))
         _check_choice("kernels", self.kernels, KERNELS)
-        _check_int("block_size", self.block_size, 1, 1024)
+        _check_int("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
         _check_int("kv_cache_bytes", self.kv_cache_bytes, 1, 2**50)
         _check_int("max_num_seqs", self.max_num_seqs, 1, 2**16)
         _check_int("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)

@@ -42,6 +42,7 @@ class HandoffTarget:
     incarnation   the decode worker's
     generation    attempt of this handoff
     data_address  host:port of the decode worker's data plane
+    block_size    tokens in a block of the decode worker: what is sent are blocks of this size
     first_block   logical index of the first block to be sent
     lease_ms      how long the decode worker keeps the blocks for this attempt
     """
@@ -50,6 +51,7 @@ class HandoffTarget:
     incarnation: str
     generation: int
     data_address: str
+    block_size: int
     first_block: int
     lease_ms: int
     traceparent: str = ""

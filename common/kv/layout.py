@@ -1,12 +1,14 @@
 """The bytes of a KV block. Imports no torch: the store and the tests use it too."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LAYOUT_VERSION = 1
 
 # Bytes of one element; fp8_e4m3 has one float32 scale for each token and head beside it.
 ELEMENT_BYTES = {"float32": 4, "bf16": 2, "fp8_e4m3": 1}
 SCALE_BYTES = 4
+# Tokens in a block, at most.
+MAX_BLOCK_SIZE = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +63,14 @@ class KVLayout:
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold this many tokens."""
         return -(-tokens // self.block_size)
+
+    def with_block_size(self, block_size: int) -> "KVLayout":
+        """The same KV in blocks of another size."""
+        return replace(self, block_size=block_size)
+
+
+def block_sizes_fit(one: int, other: int) -> bool:
+    """Whether KV in blocks of one size can be cut into blocks of the other: one divides the other,
+    and both are sizes that a block can have."""
+    small, big = sorted((one, other))
+    return small > 0 and big <= MAX_BLOCK_SIZE and big % small == 0

@@ -38,7 +38,9 @@ class WorkerSettings(ServiceSettings):
         None, description="fp8 or fp8-block: quantize the matrices of an unquantized checkpoint"
     )
     kv_dtype: str = Field("auto", description="auto, float32, bf16 or fp8_e4m3: the KV cache's")
-    block_size: int = Field(16, description="tokens in a KV block")
+    block_size: int = Field(
+        16, description="tokens in a KV block; of prefill's and decode's one must divide the other"
+    )
     max_model_len: int | None = Field(
         None, description="most tokens of a sequence; unset: the model's own limit"
     )

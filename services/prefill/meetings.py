@@ -9,6 +9,7 @@ import structlog
 from baton.v1 import worker_pb2 as pb
 from common.errors import BatonError, ConfigError, InvalidRequest
 from common.kv.connectors.peers import NOT_MET
+from common.kv.layout import block_sizes_fit
 from common.kv.wire import ENVELOPE_VERSION
 from common.rpc.discovery import parse_addresses
 
@@ -17,18 +18,19 @@ log = structlog.get_logger("prefill")
 MAX_TEXT = 256
 MAX_MET = 512
 REMEDY = (
-    "KV is handed over only between workers of the same version, with the same model, --kv-dtype "
-    "and --block-size"
+    "KV is handed over only between workers of the same version, with the same model and "
+    "--kv-dtype, where one's --block-size divides the other's"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Met:
-    """A decode worker's process."""
+    """A decode worker's process. `block_size` is in tokens."""
 
     worker_id: str
     incarnation: str
     data_address: str
+    block_size: int
     test_transfer_ms: float
 
 
@@ -75,6 +77,7 @@ class Meetings:
             request.worker_id,
             request.incarnation,
             request.data_address,
+            request.model.block_size,
             round(seconds * 1000, 3),
         )
         # One process listens at an address: who was met there before is gone.
@@ -119,19 +122,28 @@ class Meetings:
 
 
 def check_fit(theirs: pb.MeetRequest, own: pb.ModelCard) -> None:
-    """Raises InvalidRequest, with both values, when the KV of two workers is not the same."""
-    pairs = [("frame_version", theirs.frame_version, ENVELOPE_VERSION)]
-    for field in ("block_size", "kv_dtype", "block_bytes", "fingerprint"):
-        pairs.append((field, getattr(theirs.model, field), getattr(own, field)))
-    for field, wanted, here in pairs:
+    """Raises InvalidRequest, with both values, when the KV of two workers is not the same, or
+    cannot be cut from the blocks of one into those of the other."""
+    model, size = theirs.model, theirs.model.block_size
+    if not block_sizes_fit(size, own.block_size):
+        raise _mismatch("block_size", size, own.block_size)
+    for field, wanted, here in (
+        ("frame_version", theirs.frame_version, ENVELOPE_VERSION),
+        ("kv_dtype", model.kv_dtype, own.kv_dtype),
+        # What this worker's KV takes in blocks of their size.
+        ("block_bytes", model.block_bytes, own.block_bytes * size // own.block_size),
+        ("fingerprint", model.fingerprint.hex(), own.fingerprint.hex()),
+    ):
         if wanted != here:
-            shown = [v.hex() if isinstance(v, bytes) else v for v in (wanted, here)]
-            raise InvalidRequest(
-                f"the decode worker's {field} is {shown[0]!r}, this prefill worker's is "
-                f"{shown[1]!r}; {REMEDY}",
-                field=f"model.{field}",
-                code="model_mismatch",
-            )
+            raise _mismatch(field, wanted, here)
+
+
+def _mismatch(field: str, wanted: int | str, here: int | str) -> InvalidRequest:
+    return InvalidRequest(
+        f"the decode worker's {field} is {wanted!r}, this prefill worker's is {here!r}; {REMEDY}",
+        field=f"model.{field}",
+        code="model_mismatch",
+    )
 
 
 def _check_texts(request: pb.MeetRequest) -> None:

@@ -60,7 +60,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
     ) -> pb.PrefillResponse:
         self._host.require_ready()
         decode = self._meetings.met(request.handoff.incarnation)
-        check_request(request, self._host.model_card())
+        check_request(request, self._host.model_card(), decode.block_size)
         metadata = _texts(context.invocation_metadata() or ())
         span = self._tracing.start(
             "prefill.request",
@@ -74,7 +74,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
         )
         job = partial(_engine_request, request, decode, context.time_remaining(), span)
         try:
-            with self._counted(request):
+            with self._counted(request, decode.block_size):
                 return await self._run(request.request_id, job, span)
         except asyncio.CancelledError:
             fail(span, "cancelled by the caller")
@@ -86,15 +86,17 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
             span.end()
 
     @contextlib.contextmanager
-    def _counted(self, request: pb.PrefillRequest) -> Iterator[None]:
-        """Count a prompt as under way. Raises Overloaded when others of too many tokens are."""
+    def _counted(self, request: pb.PrefillRequest, block_size: int) -> Iterator[None]:
+        """Count a prompt as under way. Raises Overloaded when others of too many tokens are.
+
+        block_size  tokens in a block of the decode worker
+        """
         ahead, most = self._tokens_ahead, request.max_tokens_ahead
         if 0 < most < ahead:
             raise Overloaded(
                 f"prompts of {ahead} tokens are under way here, over the {most} that the caller "
                 "wants to wait for; ask another worker, or prefill where it decodes"
             )
-        block_size = self._host.model_card().block_size
         wanted = request.num_tokens - request.first_block * block_size
         self._tokens_ahead += wanted
         try:
@@ -141,8 +143,10 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
         span.set_attribute("tokens.computed", output.computed_tokens)
 
 
-def check_request(request: pb.PrefillRequest, own: pb.ModelCard) -> None:
+def check_request(request: pb.PrefillRequest, own: pb.ModelCard, block_size: int) -> None:
     """What the engine does not check by itself.
+
+    block_size  tokens in a block of the decode worker, whose blocks the request speaks of
 
     Raises InvalidRequest, naming field and values, for what cannot be computed or used.
     """
@@ -158,7 +162,7 @@ def check_request(request: pb.PrefillRequest, own: pb.ModelCard) -> None:
             f"token_ids has {tokens} tokens; this worker serves at most {own.max_model_len}",
             field="token_ids",
         )
-    blocks = -(-request.num_tokens // own.block_size)
+    blocks = -(-request.num_tokens // block_size)
     if request.first_block >= blocks:
         raise InvalidRequest(
             f"first_block is {request.first_block}, but {request.num_tokens} tokens have only "
@@ -209,6 +213,7 @@ def _engine_request(
             incarnation=request.handoff.incarnation,
             generation=request.handoff.generation,
             data_address=decode.data_address,
+            block_size=decode.block_size,
             first_block=request.first_block,
             lease_ms=request.handoff.lease_ms,
             traceparent=traceparent,

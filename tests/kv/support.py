@@ -22,9 +22,17 @@ from common.rpc.loop import LoopThread
 from common.rpc.server import RpcServer
 from services.prefill.meetings import Meetings
 
-CARD = worker_pb2.ModelCard(
-    name="none", block_size=BLOCK_SIZE, block_bytes=LAYOUT.block_bytes, fingerprint=FINGERPRINT
-)
+
+def card_of(block_size: int) -> worker_pb2.ModelCard:
+    return worker_pb2.ModelCard(
+        name="none",
+        block_size=block_size,
+        block_bytes=LAYOUT.with_block_size(block_size).block_bytes,
+        fingerprint=FINGERPRINT,
+    )
+
+
+CARD = card_of(BLOCK_SIZE)
 
 
 def until(condition: Callable[[], object], seconds: float = 10.0) -> object:
@@ -48,7 +56,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
         around = connector_around or (lambda sender: sender)
         self.worker = Worker(around(self.sender), **kw)
         self.meetings = Meetings(lambda: self.card, self._probe)
-        self.card = CARD
+        self.card = card_of(self.worker.block_size)
         self.calls: list[worker_pb2.PrefillRequest] = []
         self.metadata: list[dict] = []
         self.cancelled = 0
@@ -88,7 +96,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
             request_id = f"{request.request_id}/{secrets.token_hex(2)}"
             sent = self.sender.completion(request_id)
             with self._lock:
-                self._inbox.append((met.data_address, request_id, request))
+                self._inbox.append((met, request_id, request))
             self.worker.woken.set()
             result = await asyncio.wrap_future(sent)
             if result.error is not None:
@@ -105,7 +113,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
         while not self._stopping:
             with self._lock:
                 inbox, self._inbox = self._inbox, []
-            for data_address, request_id, request in inbox:
+            for met, request_id, request in inbox:
                 h = request.handoff
                 self.worker.submit(
                     request_id,
@@ -116,7 +124,8 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
                         h.id,
                         h.incarnation,
                         h.generation,
-                        data_address,
+                        met.data_address,
+                        met.block_size,
                         request.first_block,
                         h.lease_ms,
                     ),
@@ -151,6 +160,7 @@ __all__ = [
     "VECTOR_BYTES",
     "PrefillWorker",
     "Worker",
+    "card_of",
     "kv_of",
     "until",
 ]

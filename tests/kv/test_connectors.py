@@ -17,7 +17,7 @@ from common.kv.handoff import HandoffTarget
 from common.kv.transports import TcpTransport
 from common.rpc.loop import LoopThread
 from tests.kv.store_process import ROOT
-from tests.kv.support import CARD, FINGERPRINT, LAYOUT, Worker, until
+from tests.kv.support import BLOCK_SIZE, CARD, FINGERPRINT, LAYOUT, Worker, until
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -99,7 +99,7 @@ def test_a_data_plane_that_cannot_be_reached_where_it_is_advertised_is_refused()
 
 def target(address: str, **changes) -> HandoffTarget:
     fields = {"id": b"h" * 16, "incarnation": "d", "generation": 1, "first_block": 0}
-    fields |= {"lease_ms": 5000, "data_address": address, **changes}
+    fields |= {"lease_ms": 5000, "block_size": BLOCK_SIZE, "data_address": address, **changes}
     return HandoffTarget(**fields)
 
 

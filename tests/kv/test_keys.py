@@ -43,3 +43,10 @@ def test_tenants_and_fingerprints_share_no_key():
     ]
     assert len(set(keys)) == 4
     assert {len(key) for key in keys} == {16}
+
+
+def test_blocks_of_different_sizes_share_no_key():
+    """What a store or an index has under one size is not found under another."""
+    keys = [key for size in (1, 2, 4, 8, 16) for key in chain_keys(range(16), size, PRINT)]
+    keys += [key for size in (1, 2, 4, 8, 16) for key in chain_keys([99] * 16, size, PRINT)]
+    assert len(set(keys)) == len(keys) == 2 * (16 + 8 + 4 + 2 + 1)

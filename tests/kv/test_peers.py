@@ -73,7 +73,13 @@ def test_a_worker_that_fits_is_met_by_a_test_transfer(loop, peers, prefill):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("block_size", 32), ("kv_dtype", "bf16"), ("block_bytes", 7), ("fingerprint", b"other")],
+    [
+        ("block_size", 24),
+        ("block_size", 2048),
+        ("kv_dtype", "bf16"),
+        ("block_bytes", 7),
+        ("fingerprint", b"other"),
+    ],
 )
 def test_a_worker_that_does_not_fit_is_refused_with_both_values_and_passed_over(
     loop, peers, prefill, field, value

@@ -157,6 +157,17 @@ def test_tenants_share_nothing(store, worker_of):
     assert second.run("b").cached_tokens == 0
 
 
+def test_workers_of_different_block_sizes_keep_their_blocks_apart(store, worker_of):
+    prompt = prompt_of(100, seed=6)
+    for size in (16, 32, 8):
+        first, second = (worker_of(store.address, block_size=size) for _ in range(2))
+        sequence, blocks = first.submit("a", prompt), 100 // size
+        assert first.run("a").cached_tokens == 0
+        until(lambda s=sequence, n=blocks: store.lookup(*s.block_keys[:n]) == n)
+        second.submit("b", prompt)
+        assert second.run("b").cached_tokens == blocks * size
+
+
 def test_a_dead_store_is_a_miss_and_then_costs_nothing(worker_of):
     with StoreProcess() as process:
         worker = worker_of(process.address)

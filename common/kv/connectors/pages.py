@@ -28,6 +28,46 @@ def copy_layers(
     return memoryview(rows).cast("B")
 
 
+def pages_of(layout: KVLayout, to: KVLayout, first: int, count: int) -> slice:
+    """Where in a sequence's table of pages, of `layout`, the KV of its blocks
+    [first, first + count) of layout `to` is; the last of these may go beyond the table."""
+    size = to.block_size
+    return slice(first * size // layout.block_size, layout.blocks_for((first + count) * size))
+
+
+def copy_blocks(
+    cache: torch.Tensor,
+    layout: KVLayout,
+    page_ids: list[int],
+    to: KVLayout,
+    first: int,
+    count: int,
+    layers: range,
+) -> memoryview:
+    """A copy of some layers of a sequence's blocks [first, first + count) of layout `to`, cut from
+    pages of another block size, as `copy_layers` gives it from pages of that size.
+
+    cache     uint8 [num_blocks, block_bytes], read
+    page_ids  the pages that `pages_of` names, as many as there are; what they lack is zero
+
+    One block size divides the other, and their smaller one is what is moved: `units` of a page,
+    `to_units` of a block.
+    """
+    unit = min(layout.block_size, to.block_size)
+    units, to_units = layout.block_size // unit, to.block_size // unit
+    vectors = len(layers) * 2 * layout.num_kv_heads
+    skip = first * to_units % units
+    at = np.arange(skip, min(skip + count * to_units, len(page_ids) * units))
+    to_at = at - skip
+    parts = []
+    for part in layout.layer_slices(layers):
+        rows = _rows(cache, page_ids, part).reshape(len(page_ids), vectors, units, -1)
+        blocks = np.zeros((count, vectors, to_units, rows.shape[3]), np.uint8)
+        blocks[to_at // to_units, :, to_at % to_units] = rows[at // units, :, at % units]
+        parts.append(blocks.reshape(count, -1))
+    return memoryview(np.concatenate(parts, axis=1)).cast("B")
+
+
 def write_layers(
     cache: torch.Tensor,
     layout: KVLayout,

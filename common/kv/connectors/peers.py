@@ -1,9 +1,10 @@
 """The prefill workers that a decode worker knows, and whether it has met them.
 
 Two processes meet before the first request goes from one to the other: the prefill worker compares
-whose KV each of them has (model, KV dtype, layout, block size, frame version) and makes a test
-transfer to the decode worker's data plane. Either side's restart makes it another process, to be
-met again: the prefill worker takes no request from a process that it has not met.
+whose KV each of them has (model, KV dtype, layout, frame version, and whether one's block size
+divides the other's) and makes a test transfer to the decode worker's data plane. Either side's
+restart makes it another process, to be met again: the prefill worker takes no request from a
+process that it has not met.
 """
 
 import asyncio

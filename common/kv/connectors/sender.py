@@ -4,6 +4,9 @@ Blocks that a step completes leave layer by layer; those that were there before 
 cache, loaded, or left for want of room) leave whole. What is sent is copied on the engine's thread
 and only then goes to the loop: a page that preemption or an abort gives to somebody else is never
 read again, so what is sent under a key is what was computed for it.
+
+What is sent are blocks of the decode worker's size, under its keys; where this worker's size is
+another, the copy is cut from its pages. Blocks here are the decode worker's, pages this one's.
 """
 
 import collections
@@ -21,8 +24,9 @@ from common.engine.sequence import Phase
 from common.errors import Cancelled, HandoffError
 from common.kv.connector import KVCaches, KVConnector
 from common.kv.connectors.delivery import Delivery, Staged
-from common.kv.connectors.pages import copy_layers
+from common.kv.connectors.pages import copy_blocks, copy_layers, pages_of
 from common.kv.handoff import HandoffTarget
+from common.kv.layout import KVLayout
 from common.kv.transports import DataPlane, Transport
 from common.kv.wire import BlockRange, covering_keys
 from common.rpc.loop import LoopThread
@@ -56,16 +60,18 @@ class SendResult:
 class _Job:
     """One handoff. The engine's thread writes the first part, the loop the second.
 
+    layout      of the blocks that are sent
     next_index  the first block that is not staged, nor being staged in the step under way
     frames      staged so far
     sealed      the delivery was told that there will be no more
-    held        the block table to copy from when the sequence ended before all was copied
+    held        the table of pages to copy from when the sequence ended before all was copied
     finished    the engine said that the request ended
     layers_sent layers of blocks that the receiver has: num_layers of them are a block
     """
 
     target: HandoffTarget
     sequence: "Sequence"
+    layout: KVLayout
     keys: list[bytes]
     delivery: Delivery
     next_index: int
@@ -90,11 +96,13 @@ class _Job:
 
 @dataclass(slots=True, eq=False)
 class _Live:
-    """Blocks that the step under way completes: `next_layer` is the first that is not staged."""
+    """Blocks [first, first + count) that the step under way completes, and the pages that hold
+    them: `next_layer` is the first layer that is not staged."""
 
     job: _Job
     first: int
-    block_ids: list[int]
+    count: int
+    page_ids: list[int]
     layers_at_once: int
     next_layer: int = 0
 
@@ -274,14 +282,15 @@ class HandoffSender(KVConnector):
             self._cancel(job)
         target: HandoffTarget = sequence.request.transfer
         caches = self._need_caches()
+        layout = caches.layout.with_block_size(target.block_size)
         keys = covering_keys(
             sequence.token_ids[: sequence.target],
-            caches.layout.block_size,
+            layout.block_size,
             caches.fingerprint,
             sequence.request.tenant,
         )
         delivery = Delivery(target, len(keys), self._transport, lambda s: self._settled(job, s))
-        job = _Job(target, sequence, keys, delivery, target.first_block)
+        job = _Job(target, sequence, layout, keys, delivery, target.first_block)
         self._jobs[sequence.request_id] = job
         self.completion(sequence.request_id)
         if self._tracing is not None:
@@ -299,11 +308,12 @@ class HandoffSender(KVConnector):
         layout = self._need_caches().layout
         first, count = self._claim(job, computed)
         # Blocks that a cache held are told apart from those computed for this request.
-        cached = job.sequence.cached_tokens // layout.block_size
+        cached = job.sequence.cached_tokens // job.layout.block_size
         middle = min(max(first, cached), first + count)
+        layers = range(layout.num_layers)
         for start, end in ((first, middle), (middle, first + count)):
-            ids = block_ids[start:end]
-            self._stage_layers(job, start, ids, range(layout.num_layers), end <= cached)
+            ids = block_ids[pages_of(layout, job.layout, start, end - start)]
+            self._stage_layers(job, start, end - start, ids, layers, end <= cached)
         self._seal(job)
 
     def _go_live(self, job: _Job, computed: int) -> None:
@@ -311,34 +321,32 @@ class HandoffSender(KVConnector):
         layout = self._need_caches().layout
         first, count = self._claim(job, computed)
         if count:
-            ids = job.sequence.block_table[first : first + count]
-            at_once = -(-MIN_FRAME_BYTES // (count * layout.layer_bytes))
-            self._live.append(_Live(job, first, ids, at_once))
+            ids = job.sequence.block_table[pages_of(layout, job.layout, first, count)]
+            at_once = -(-MIN_FRAME_BYTES // (count * job.layout.layer_bytes))
+            self._live.append(_Live(job, first, count, ids, at_once))
 
     def _claim(self, job: _Job, computed: int) -> tuple[int, int]:
         """The next blocks that `computed` tokens complete, as many as there is room for: the first
         one's index, and how many. They count as staged from now on."""
-        layout = self._need_caches().layout
         ready = len(job.keys)
         if computed < job.sequence.target:
-            ready = computed // layout.block_size
+            ready = computed // job.layout.block_size
         first = job.next_index
-        count = 0 if job.ended else self._reserve(ready - first)
+        count = 0 if job.ended else self._reserve(ready - first, job.layout.block_bytes)
         job.next_index += count
         return first, count
 
     def _stage_live(self, live: _Live, end: int) -> None:
         """Copy the layers up to `end` that were not copied before."""
         layers, live.next_layer = range(live.next_layer, end), end
-        self._stage_layers(live.job, live.first, live.block_ids, layers, cached=False)
+        self._stage_layers(live.job, live.first, live.count, live.page_ids, layers, cached=False)
 
     def _stage_layers(
-        self, job: _Job, first: int, block_ids: list[int], layers: range, cached: bool
+        self, job: _Job, first: int, count: int, page_ids: list[int], layers: range, cached: bool
     ) -> None:
         """Copy layers of blocks and hand them to the loop, in frames of MAX_FRAME_BYTES at most."""
-        caches = self._need_caches()
-        layout, target = caches.layout, job.sequence.target
-        for blocks, part in _pieces(len(block_ids), layers, layout.layer_bytes):
+        layout, target = job.layout, job.sequence.target
+        for blocks, part in _pieces(count, layers, layout.layer_bytes):
             last = first + blocks.stop - 1
             staged = Staged(
                 number=job.frames,
@@ -348,12 +356,23 @@ class HandoffSender(KVConnector):
                 key=job.keys[last],
                 token_count=min(layout.block_size, target - last * layout.block_size),
                 cached=cached,
-                payload=copy_layers(
-                    caches.cache, layout, block_ids[blocks.start : blocks.stop], part
-                ),
+                payload=self._copy(layout, first, page_ids, blocks, part),
             )
             job.frames += 1
             self._loop.call_soon(self._put, job, staged)
+
+    def _copy(
+        self, to: KVLayout, first: int, page_ids: list[int], blocks: range, layers: range
+    ) -> memoryview:
+        """Layers of some of the blocks from `first` on, which begin in the first of the pages."""
+        caches = self._need_caches()
+        if to == caches.layout:
+            return copy_layers(caches.cache, to, page_ids[blocks.start : blocks.stop], layers)
+        start, count = first + blocks.start, len(blocks)
+        pages = pages_of(caches.layout, to, start, count)
+        skip = pages_of(caches.layout, to, first, count).start
+        ids = page_ids[pages.start - skip : pages.stop - skip]
+        return copy_blocks(caches.cache, caches.layout, ids, to, start, count, layers)
 
     def _seal(self, job: _Job) -> None:
         """Tell the delivery once that all was staged."""
@@ -364,15 +383,14 @@ class HandoffSender(KVConnector):
     def _drop_live(self) -> None:
         """A step that broke: what it did not stage is not staged any more."""
         live, self._live = self._live, []
-        layout = self._need_caches().layout
         for blocks in live:
-            layers = layout.num_layers - blocks.next_layer
-            self._unreserve(len(blocks.block_ids) * layers * layout.layer_bytes)
+            layers = blocks.job.layout.num_layers - blocks.next_layer
+            self._unreserve(blocks.count * layers * blocks.job.layout.layer_bytes)
             self._cancel(blocks.job)
 
-    def _reserve(self, wanted: int) -> int:
-        """Of `wanted` blocks, how many may be copied now: one at least when none waits."""
-        size = self._need_caches().layout.block_bytes
+    def _reserve(self, wanted: int, size: int) -> int:
+        """Of `wanted` blocks of `size` bytes, how many may be copied now: one at least when none
+        waits."""
         with self._lock:
             room = (self._max_staged_bytes - self._staged_bytes) // size
             if self._staged_bytes == 0:

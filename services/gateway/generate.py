@@ -172,12 +172,16 @@ class Generator:
             return params
         return replace(params, bad_words=bad_word_ids(self.encoder.tokenizer, params.bad_words))
 
-    def _keys(self, prompt: list[int]) -> list[bytes]:
+    def _keys(self, prompt: list[int]) -> dict[int, list[bytes]]:
+        """By block size the prompt's keys, for each size that a worker has."""
         reference = self.fleet.reference
         if reference is None:
-            return []
-        head = prompt[: MAX_AFFINITY_BLOCKS * reference.block_size]
-        return chain_keys(head, reference.block_size, reference.fingerprint)
+            return {}
+        workers = (*self.fleet.usable("decode"), *self.fleet.usable("prefill"))
+        return {
+            size: chain_keys(prompt[: MAX_AFFINITY_BLOCKS * size], size, reference.fingerprint)
+            for size in {worker.block_size for worker in workers}
+        }
 
     def _decoder(self, prompt: list[int], params: SamplingParams) -> IncrementalDecoder | None:
         if self.encoder.tokenizer is None:
@@ -189,11 +193,16 @@ class Generator:
         decode = self.fleet.usable("decode")
         if choice.tokens:  # only the same model goes on with the same tokens
             decode = [w for w in decode if w.fingerprint == choice.fingerprint]
+        prefill = self.fleet.usable("prefill")
+        held = {size: self.index.matched_blocks(keys) for size, keys in choice.keys.items()}
         return choose_route(
             decode,
-            self.fleet.usable("prefill"),
+            prefill,
             own_requests=self.fleet.own_requests(),
-            matched_blocks=self.index.matched_blocks(choice.keys),
+            matched_blocks={
+                worker.address: held.get(worker.block_size, {}).get(worker.address, 0)
+                for worker in (*decode, *prefill)
+            },
             prompt_tokens=len(choice.prompt) + len(choice.tokens),
             avoid=choice.avoid,
         )

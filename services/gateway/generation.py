@@ -60,13 +60,14 @@ class Usage:
 
 @dataclass(slots=True, eq=False)
 class Choice:
-    """One sequence: `tokens` is what its worker gave so far, `address` the worker that has it.
-    `others` of the same prompt wait for its first token, as they begin with the KV of its prompt;
-    `prompt_logprobs` are told of the first choice of a prompt only."""
+    """One sequence: `keys` are its prompt's, by block size; `tokens` is what its worker gave so
+    far, `address` the worker that has it. `others` of the same prompt wait for its first token, as
+    they begin with the KV of its prompt; `prompt_logprobs` are told of the first choice of a prompt
+    only."""
 
     index: int
     prompt: list[int]
-    keys: list[bytes]
+    keys: dict[int, list[bytes]]
     seed: int
     max_tokens: int
     decoder: IncrementalDecoder | None
@@ -161,7 +162,7 @@ class Generation:
         for start in range(0, len(self.choices), n):
             first, *others = self.choices[start : start + n]
             self._submit(first)
-            if first.keys or self.request.sampling.prompt_logprobs is not None:
+            if any(first.keys.values()) or self.request.sampling.prompt_logprobs is not None:
                 first.others = others
             else:
                 for choice in others:
@@ -222,9 +223,8 @@ class Generation:
             self._message(choice, route),
             lambda event: self._events.put_nowait((choice, request_id, event)),
         )
-        generator.index.record(choice.keys, choice.address)
-        for address in route.prefill[:1]:
-            generator.index.record(choice.keys, address)
+        for worker in (route.decode, *route.prefill[:1]):
+            generator.index.record(choice.keys.get(worker.block_size, ()), worker.address)
         generator.tracing.record(
             "gateway.route",
             self._scope.context,
@@ -232,7 +232,7 @@ class Generation:
             time.time_ns(),
             attributes={
                 "worker": route.decode.address,
-                "prefill_candidates": ",".join(route.prefill),
+                "prefill_candidates": ",".join(route.candidates),
                 "prompt_tokens": len(choice.prompt),
                 "expected_cached_tokens": route.matched_tokens,
                 "attempt": choice.attempts,
@@ -253,7 +253,7 @@ class Generation:
             sampling=params_to_proto(params),
             remaining_ms=max(1, min(2**32 - 1, int(self._scope.remaining_s * 1000))),
             # A prompt whose logits are wanted is computed where it decodes.
-            prefill_candidates=route.prefill if params.prompt_logprobs is None else (),
+            prefill_candidates=route.candidates if params.prompt_logprobs is None else (),
             traceparent=traceparent,
             tracestate=tracestate,
         )

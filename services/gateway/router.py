@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from common.errors import Overloaded, Unavailable
+from common.kv.layout import block_sizes_fit
 from services.gateway.worker_state import WorkerState
 
 # A request under way slows another about as much as this many prompt tokens to be computed.
@@ -51,12 +52,17 @@ class PrefixIndex:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """`decode` owns the request; `prefill` are addresses, best first; `matched_tokens` is how much
+    """`decode` owns the request; `prefill` may be asked, best first; `matched_tokens` is how much
     of the prompt the decode worker is expected to have."""
 
     decode: WorkerState
-    prefill: tuple[str, ...]
+    prefill: tuple[WorkerState, ...]
     matched_tokens: int
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """Addresses of the prefill workers."""
+        return tuple(worker.address for worker in self.prefill)
 
 
 def choose_route(
@@ -68,11 +74,12 @@ def choose_route(
     prompt_tokens: int,
     avoid: Collection[str] = (),
 ) -> Route:
-    """The cheapest decode worker that has room, and the cheapest prefill workers of its model.
+    """The cheapest decode worker that has room, and the cheapest prefill workers whose KV it can
+    take: those of its model, of a block size that fits its own.
 
     decode, prefill  usable workers (ready, of the served model)
     own_requests     this gateway's requests on each address: newer than the polled state
-    matched_blocks   blocks of the prompt that each address probably holds
+    matched_blocks   blocks, each of its own size, of the prompt that an address probably holds
     avoid            addresses that just failed this request: used only when nobody else is left
 
     Raises Unavailable when there is no decode worker and Overloaded when all are full.
@@ -95,11 +102,15 @@ def choose_route(
         return tokens, worker.address
 
     chosen = min(preferred, key=cost)
-    same_model = [w for w in prefill if w.fingerprint == chosen.fingerprint]
-    ordered = sorted(same_model, key=cost)[:MAX_PREFILL_CANDIDATES]
+    fitting = [
+        w
+        for w in prefill
+        if w.fingerprint == chosen.fingerprint and block_sizes_fit(w.block_size, chosen.block_size)
+    ]
+    ordered = sorted(fitting, key=cost)[:MAX_PREFILL_CANDIDATES]
     return Route(
         decode=chosen,
-        prefill=tuple(worker.address for worker in ordered),
+        prefill=tuple(ordered),
         matched_tokens=min(
             prompt_tokens, matched_blocks.get(chosen.address, 0) * chosen.block_size
         ),

@@ -69,7 +69,16 @@ def test_prefill_candidates_are_of_the_same_model_and_best_first():
         worker("p2", role="prefill"),
         worker("p3", role="prefill", fingerprint=b"other"),
     ]
-    assert route([worker("a")], prefill).prefill == ("p2", "p1")
+    assert route([worker("a")], prefill).candidates == ("p2", "p1")
+
+
+def test_prefill_candidates_have_a_block_size_that_fits():
+    prefill = [
+        worker(f"p{size}", role="prefill", block_size=size, tokens_waiting=100 - size)
+        for size in (8, 16, 24, 32, 48)
+    ]
+    assert route([worker("a", block_size=16)], prefill).candidates == ("p48", "p32", "p16", "p8")
+    assert route([worker("a", block_size=24)], prefill).candidates == ("p48", "p24", "p8")
 
 
 def test_the_prefix_index_counts_runs_from_the_first_block_and_forgets_the_oldest():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from common.engine.kernels.cpu import linear
+from common.engine.kernels.cpu import linear, matmul, tiles
 from common.engine.kernels.cpu.ops import CpuOps
 from common.engine.weight import Weight
 
@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [0, 1, 5, 64])
+@pytest.mark.parametrize("rows", [0, 1, 2, 5, 11, 16, 37, 200])
 @pytest.mark.parametrize("name", linear.CANDIDATES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_candidate_multiplies_as_float64(dtype, name, rows, bias):
@@ -37,8 +37,35 @@ def test_a_candidate_that_is_wrong_or_missing_is_not_taken(monkeypatch):
     candidates = {"wrong": wrong, "missing": missing, "plain": linear.plain}
     monkeypatch.setattr(linear, "CANDIDATES", candidates)
     linear.best.cache_clear()
-    assert linear.best(torch.float32) is linear.plain
+    assert linear.best(torch.float32, True) is linear.plain
     linear.best.cache_clear()
+
+
+@pytest.mark.parametrize("native", {False, tiles.HAS_BFLOAT16})
+def test_bfloat16_with_and_without_the_cpus_own_products(native, monkeypatch):
+    monkeypatch.setattr(tiles, "HAS_BFLOAT16", native)
+    weight, x = torch.randn(112, 96).bfloat16(), torch.randn(13, 96).bfloat16()
+    got = matmul.CompiledLinear(weight, None)(x)
+    want = x.double() @ weight.double().T
+    torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=2**-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bits_of_a_compiled_row_depend_on_that_row_alone(dtype):
+    linear = matmul.CompiledLinear(torch.randn(80, 96).to(dtype), torch.randn(80))
+    x = torch.randn(400, 96).to(dtype)
+    alone = torch.cat([linear(row) for row in x.split(1)])
+    for count in (2, 3, 7, 9, 17, 193, 400):
+        assert torch.equal(linear(x[:count]), alone[:count])
+
+
+def test_a_compiled_product_writes_no_further_than_its_result():
+    linear = matmul.CompiledLinear(torch.randn(80, 96), None)
+    guarded = torch.full((9 * 80 + 64,), 7.0)
+    x = torch.randn(9, 96)
+    want, x.new_empty = linear(x), lambda *shape: guarded[: 9 * 80].view(shape)
+    assert torch.equal(linear(x), want)
+    assert (guarded[9 * 80 :] == 7).all()
 
 
 def test_a_nan_in_a_row_stays_in_that_row():

@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 from numba import carray
 
-from common.engine.kernels.cpu import simd
+from common.engine.kernels.cpu import simd, tiles
 from common.engine.kernels.cpu.launch import Kernel, compile_kernel, fields
 
 TILE_TOKENS = 16  # the lanes of a vector
@@ -78,11 +78,11 @@ def multiply_keys(kv, group, a, k, count, q, products):
     """Of `count` tokens and each head 16 numbers whose sum is the score."""
     row_bytes = 4 * a.head_dim
     for t in range(count):
-        rows = simd.zero_rows(group)
+        rows = tiles.zero_rows(group)
         for c in range(0, a.head_dim, 16):
             x = simd.load(kv, k + (t * a.head_dim + c) * simd.size(kv))
-            rows = simd.dot_rows(rows, x, q + 4 * c, row_bytes)
-        simd.store_rows(rows, products + 64 * t, 1024)
+            rows = tiles.dot_rows(rows, x, q + 4 * c, row_bytes)
+        tiles.store_rows(rows, products + 64 * t, 1024)
 
 
 @simd.part
@@ -100,7 +100,7 @@ def soften(kv, group, a, scale, count, products, weights, sums, maxima, totals):
     """From products to the weights of V; `scale` is where K's scales are."""
     row_bytes = 4 * a.head_dim
     for g in range(group):
-        x = simd.totals(products + 1024 * g)
+        x = tiles.totals(products + 1024 * g)
         if kv == simd.E4M3:
             x = simd.mul(x, simd.load_first(scale, count))
         x = simd.keep_first(x, count, np.float32(-np.inf))
@@ -122,11 +122,11 @@ def add_values(kv, group, a, v, count, weights, sums):
     """Adds `count` tokens of V, weighted."""
     row_bytes = 4 * a.head_dim
     for c in range(0, a.head_dim, 16):
-        rows = simd.load_rows(group, sums + 4 * c, row_bytes)
+        rows = tiles.load_rows(group, sums + 4 * c, row_bytes)
         for t in range(count):
             x = simd.load(kv, v + (t * a.head_dim + c) * simd.size(kv))
-            rows = simd.mix_rows(rows, x, weights + 4 * t, 64)
-        simd.store_rows(rows, sums + 4 * c, row_bytes)
+            rows = tiles.mix_rows(rows, x, weights + 4 * t, 64)
+        tiles.store_rows(rows, sums + 4 * c, row_bytes)
 
 
 @simd.part

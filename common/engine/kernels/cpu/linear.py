@@ -13,12 +13,16 @@ import torch
 import torch.nn.functional as F
 
 from common.engine.kernels import Linear
+from common.engine.kernels.cpu.matmul import CompiledLinear
 from common.engine.weight import Weight
 
 log = structlog.get_logger("kernels")
 
-# A product of the size that decoding has: too big for the nearest cache, quick to try.
-PROBE_ROWS, PROBE_OUT, PROBE_IN = (1, 16), 1024, 1024
+# Products of the sizes that decoding and chunks have: too big for the nearest cache, quick to try.
+PROBE_ROWS, PROBE_OUT, PROBE_IN = (1, 16, 128), 1024, 1024
+# What a candidate must take at most, as a part of the compiled kernel's time, to be taken instead:
+# two machines of one kind should not choose differently by chance.
+CLEARLY_FASTER = 0.75
 PROBE_ROUNDS = 5
 # Largest difference from float64, as a part of the largest result: the rounding of the result.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -48,22 +52,27 @@ class OneDnnLinear:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-CANDIDATES: dict[str, Pack] = {"onednn": OneDnnLinear, "plain": plain}
+CANDIDATES: dict[str, Pack] = {"compiled": CompiledLinear, "onednn": OneDnnLinear, "plain": plain}
 
 
 @cache
-def best(dtype: torch.dtype) -> Pack:
-    """The fastest candidate whose results are right, for matrices of this dtype."""
+def best(dtype: torch.dtype, fits: bool) -> Pack:
+    """The fastest candidate whose results are right, for matrices of this dtype. Not `fits`: but
+    for the compiled kernel."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(PROBE_OUT, PROBE_IN, generator=generator).to(dtype)
     inputs = [torch.randn(n, PROBE_IN, generator=generator).to(dtype) for n in PROBE_ROWS]
     times = {}
     for name, pack in CANDIDATES.items():
+        if name == "compiled" and not fits:
+            continue
         try:
             times[name] = _try(pack(weight, None), weight, inputs, TOLERANCE[dtype])
         except RuntimeError as error:  # this build or CPU lacks it
             log.info("linear_unavailable", candidate=name, dtype=str(dtype), error=str(error))
-    chosen = min(times, key=lambda name: times[name])
+    chosen = min(
+        times, key=lambda name: times[name] * (CLEARLY_FASTER if name == "compiled" else 1)
+    )
     seconds = {name: round(value, 6) for name, value in times.items()}
     log.info("linear_chosen", dtype=str(dtype), chosen=chosen, seconds=seconds)
     return CANDIDATES[chosen]
@@ -100,13 +109,18 @@ class TiledLinear:
 def _try(
     linear: Linear, weight: torch.Tensor, inputs: list[torch.Tensor], tolerance: float
 ) -> float:
-    """Seconds of one product of each input; infinite when a result is wrong."""
-    seconds = 0.0
-    for x in inputs:
-        want = x.double() @ weight.double().T
-        if (linear(x).double() - want).abs().amax() > tolerance * want.abs().amax():
-            return float("inf")
-        seconds += min(_once(linear, x) for _ in range(PROBE_ROUNDS))
+    """Seconds of one product of each input on one thread, for which nobody else's work matters
+    much; infinite when a result is wrong."""
+    seconds, threads = 0.0, torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for x in inputs:
+            want = x.double() @ weight.double().T
+            if (linear(x).double() - want).abs().amax() > tolerance * want.abs().amax():
+                return float("inf")
+            seconds += min(_once(linear, x) for _ in range(PROBE_ROUNDS))
+    finally:
+        torch.set_num_threads(threads)
     return seconds
 
 

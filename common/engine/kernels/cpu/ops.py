@@ -14,9 +14,10 @@ import torch
 from common.engine.batch import Batch
 from common.engine.cache import TORCH_DTYPES, KVCache
 from common.engine.kernels import Linear
-from common.engine.kernels.cpu import attention, elementwise, prefill
+from common.engine.kernels.cpu import attention, elementwise, matmul, prefill
 from common.engine.kernels.cpu.launch import KIND
 from common.engine.kernels.cpu.linear import TiledLinear, best
+from common.engine.kernels.cpu.matmul import CompiledLinear
 from common.engine.kernels.cpu.quantized import Fp8Linear, fits
 from common.engine.kernels.reference import ReferenceOps
 from common.engine.weight import Weight
@@ -75,8 +76,10 @@ class CpuOps(ReferenceOps):
         if weight.activation is not None:
             linear = Fp8Linear(weight, bias) if fits(weight) else super().linear(weight, bias)
         else:
-            linear = best(weight.values.dtype)(weight.values, bias)
-        return TiledLinear(linear, weight) if self._batch_invariant else linear
+            linear = best(weight.values.dtype, matmul.fits(weight.values))(weight.values, bias)
+        if self._batch_invariant and not isinstance(linear, CompiledLinear):
+            return TiledLinear(linear, weight)
+        return linear
 
     def add_norm(
         self,

@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 from numba import carray
 
-from common.engine.kernels.cpu import simd
+from common.engine.kernels.cpu import simd, tiles
 from common.engine.kernels.cpu.attention import fade_row, load_queries, write_row
 from common.engine.kernels.cpu.launch import Kernel, compile_kernel, fields
 
@@ -85,28 +85,28 @@ def load_tile(kv, a, table, kv_head, tile, start, end, keys, values, block):
                         y = simd.mul(y, simd.splat(simd.scalar_float32(k)))
                 simd.store_float32(block + 64 * s, x)
                 simd.store_float32(values + 4 * ((t + s) * a.head_dim + c), y)
-            simd.transpose(block, keys + 256 * c + 4 * t, 256)
+            tiles.transpose(block, keys + 256 * c + 4 * t, 256)
 
 
 @simd.part
 def multiply_rows(dim, rows, row_bytes, keys, weights):
     """8 rows of queries by the tile's K: their scores [8, 64]."""
     for t in range(0, 256, 128):
-        products = simd.zero_rows(16)
+        products = tiles.zero_rows(16)
         for d in range(dim):
-            products = simd.add_products(products, rows + 4 * d, row_bytes, keys + 256 * d + t)
-        simd.store_block(products, weights + t, 256)
+            products = tiles.add_products(products, rows + 4 * d, row_bytes, keys + 256 * d + t)
+        tiles.store_block(products, weights + t, 256)
 
 
 @simd.part
 def add_tile(row_bytes, values, weights, sums):
     """8 rows of weights by the tile's V, added to 8 rows of sums."""
     for c in range(0, row_bytes, 128):
-        products = simd.load_block(sums + c, row_bytes)
+        products = tiles.load_block(sums + c, row_bytes)
         for t in range(TILE_TOKENS):
             at = values + t * row_bytes + c
-            products = simd.add_products(products, weights + 4 * t, 256, at)
-        simd.store_block(products, sums + c, row_bytes)
+            products = tiles.add_products(products, weights + 4 * t, 256, at)
+        tiles.store_block(products, sums + c, row_bytes)
 
 
 @simd.part

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from numba import carray
 
-from common.engine.kernels.cpu import simd
+from common.engine.kernels.cpu import simd, tiles
 from common.engine.kernels.cpu.launch import KIND, Kernel, compile_kernel, fields
 from common.engine.quantization.scheme import BLOCK, Activation
 from common.engine.weight import Weight
@@ -161,14 +161,14 @@ def multiply_kernel(has_blocks: bool, io: int, group: int) -> Kernel:
                         simd.store_float32(sums + g * sums_bytes + 64 * r, zero)
                 for block in range(blocks):
                     start = block * columns
-                    acc = simd.zero_rows(group)
+                    acc = tiles.zero_rows(group)
                     for k in range(start, min(start + columns, a.width), 16):
                         w = simd.load_e4m3_number(weights + k)
-                        acc = simd.dot_rows(acc, w, a.x + 4 * k, row_bytes)
+                        acc = tiles.dot_rows(acc, w, a.x + 4 * k, row_bytes)
                     if not has_blocks:
-                        simd.store_rows(acc, sums + 64 * r, sums_bytes)
+                        tiles.store_rows(acc, sums + 64 * r, sums_bytes)
                         continue
-                    simd.store_rows(acc, part, 64)
+                    tiles.store_rows(acc, part, 64)
                     scale = simd.scalar_float32(a.scales + 4 * ((row // BLOCK) * blocks + block))
                     for g in range(a.tokens):
                         of_x = simd.scalar_float32(a.x_scales + 4 * (g * blocks + block))
@@ -180,7 +180,7 @@ def multiply_kernel(has_blocks: bool, io: int, group: int) -> Kernel:
                         )
                         simd.store_float32(place, total)
             for g in range(a.tokens):
-                value = simd.totals(sums + g * sums_bytes)
+                value = tiles.totals(sums + g * sums_bytes)
                 if not has_blocks:
                     of_x = simd.scalar_float32(a.x_scales + 4 * g)
                     value = simd.mul(value, simd.splat(of_x))

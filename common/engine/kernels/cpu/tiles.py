@@ -1,0 +1,306 @@
+"""A few vectors at once, in registers: the query heads that share a row of K or V, the tile of a
+product. A tuple of vectors is what most of these take and give; see `simd`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import binding, ir
+from numba.core import types
+from numba.extending import intrinsic, overload
+
+from common.engine.kernels.cpu import emit, simd
+from common.engine.kernels.cpu.emit import LANES, vector
+
+# AVX-512's own products of bfloat16.
+HAS_BFLOAT16 = bool(binding.get_host_cpu_features().get("avx512bf16"))
+
+
+@intrinsic(prefer_literal=True)
+def load_rows(typing, count, address, stride):
+    """A tuple of `count` vectors of float32, `stride` bytes apart."""
+    rows = types.UniTuple(vector, count.literal_value)
+
+    def generate(context, builder, signature, values):
+        places = emit.places(builder, values[1], values[2], rows.count)
+        return emit.pack(builder, [emit.read(builder, place, emit.F32V) for place in places])
+
+    return rows(count, types.int64, types.int64), generate
+
+
+@intrinsic
+def store_rows(typing, rows, address, stride):
+    """The other way round."""
+
+    def generate(context, builder, signature, values):
+        places = emit.places(builder, values[1], values[2], rows.count)
+        for place, row in zip(places, emit.unpack(builder, values[0]), strict=True):
+            emit.write(builder, place, row)
+        return context.get_dummy_value()
+
+    return types.void(rows, types.int64, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def zero_rows(typing, count):
+    """A tuple of `count` zero vectors."""
+    rows = types.UniTuple(vector, count.literal_value)
+
+    def generate(context, builder, signature, values):
+        return emit.pack(builder, [emit.lanes(emit.F32, 0.0)] * rows.count)
+
+    return rows(count), generate
+
+
+@intrinsic
+def dot_rows(typing, rows, k, address, stride):
+    """rows[g] + k * the vector at address + g * stride."""
+
+    def generate(context, builder, signature, values):
+        rows, k, address, stride = values
+        places = emit.places(builder, address, stride, signature.args[0].count)
+        pairs = zip(places, emit.unpack(builder, rows), strict=True)
+        return emit.pack(
+            builder, [emit.fma(builder, k, emit.read(builder, p, emit.F32V), r) for p, r in pairs]
+        )
+
+    return rows(rows, vector, types.int64, types.int64), generate
+
+
+@intrinsic
+def mix_rows(typing, rows, v, address, stride):
+    """rows[g] + v * the one float32 at address + g * stride."""
+
+    def generate(context, builder, signature, values):
+        rows, v, address, stride = values
+        places = emit.places(builder, address, stride, signature.args[0].count)
+        weights = [emit.splat(builder, emit.read(builder, place, emit.F32)) for place in places]
+        pairs = zip(weights, emit.unpack(builder, rows), strict=True)
+        return emit.pack(builder, [emit.fma(builder, v, weight, row) for weight, row in pairs])
+
+    return rows(rows, vector, types.int64, types.int64), generate
+
+
+@intrinsic
+def add_products(typing, rows, a, stride, b):
+    """Of 8 rows of 32 columns, two vectors each: row r gets the float32 at a + r * stride times
+    the 32 float32 at b. One step of a matrix product that stays in registers."""
+
+    def generate(context, builder, signature, values):
+        rows, a, stride, b = values
+        columns = [emit.read(builder, builder.add(b, b.type(64 * i)), emit.F32V) for i in range(2)]
+        out = []
+        for r, place in enumerate(emit.places(builder, a, stride, 8)):
+            factor = emit.splat(builder, emit.read(builder, place, emit.F32))
+            for i, column in enumerate(columns):
+                out.append(
+                    emit.fma(builder, factor, column, builder.extract_value(rows, 2 * r + i))
+                )
+        return emit.pack(builder, out)
+
+    return rows(rows, types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def load_block(typing, address, stride):
+    """8 rows of 32 columns of float32, `stride` bytes apart, as 16 vectors."""
+    rows = types.UniTuple(vector, 16)
+
+    def generate(context, builder, signature, values):
+        places = emit.places(builder, *values, 8)
+        halves = [builder.add(p, p.type(64 * i)) for p in places for i in range(2)]
+        return emit.pack(builder, [emit.read(builder, half, emit.F32V) for half in halves])
+
+    return rows(types.int64, types.int64), generate
+
+
+@intrinsic
+def store_block(typing, rows, address, stride):
+    """The other way round."""
+
+    def generate(context, builder, signature, values):
+        places = emit.places(builder, *values[1:], 8)
+        halves = [builder.add(p, p.type(64 * i)) for p in places for i in range(2)]
+        for half, row in zip(halves, emit.unpack(builder, values[0]), strict=True):
+            emit.write(builder, half, row)
+        return context.get_dummy_value()
+
+    return types.void(rows, types.int64, types.int64), generate
+
+
+@emit.function(types.void, types.int64, types.int64, types.int64)
+def transpose(builder, source, target, stride):
+    """16 x 16 float32, contiguous at `source`, to rows `stride` bytes apart."""
+    rows = [
+        emit.read(builder, builder.add(source, source.type(64 * t)), emit.F32V) for t in range(16)
+    ]
+    # Blocks off the diagonal change places: of 8 x 8, then of 4 x 4 within each, and so on.
+    for size in (8, 4, 2, 1):
+        upper = emit.places_of(i + LANES - size if i & size else i for i in range(LANES))
+        lower = emit.places_of(i + LANES if i & size else i + size for i in range(LANES))
+        for t in (t for t in range(16) if not t & size):
+            a, b = rows[t], rows[t + size]
+            rows[t] = builder.shuffle_vector(a, b, upper)
+            rows[t + size] = builder.shuffle_vector(a, b, lower)
+    for place, row in zip(emit.places(builder, target, stride, 16), rows, strict=True):
+        emit.write(builder, place, row)
+
+
+@emit.function(vector, types.int64)
+def totals(builder, address):
+    """The sums of 16 vectors that lie next to each other: of a 16 x 16 matrix's rows.
+
+    Half the vectors at a time: pairs are added so that the halves of a sum end up side by side.
+    """
+    rows = [
+        emit.read(builder, builder.add(address, ir.IntType(64)(64 * t)), emit.F32V)
+        for t in range(16)
+    ]
+    for low, high in _FOLDS:
+        pairs = zip(rows[::2], rows[1::2], strict=True)
+        rows = [
+            builder.fadd(
+                builder.shuffle_vector(a, b, emit.places_of(low)),
+                builder.shuffle_vector(a, b, emit.places_of(high)),
+            )
+            for a, b in pairs
+        ]
+    return rows[0]
+
+
+def _quarters(inside: list[int]) -> list[int]:
+    """A shuffle within each quarter of two vectors; 4 and up: of the second."""
+    return [4 * q + (i if i < 4 else i - 4 + LANES) for q in range(4) for i in inside]
+
+
+def _whole_quarters(quarters: list[int]) -> list[int]:
+    return [4 * q + i for q in quarters for i in range(4)]
+
+
+# What `totals` adds at each level; these are the cheap shuffles of x86.
+_FOLDS = (
+    (_quarters([0, 4, 1, 5]), _quarters([2, 6, 3, 7])),
+    (_quarters([0, 1, 4, 5]), _quarters([2, 3, 6, 7])),
+    (_whole_quarters([0, 1, 4, 5]), _whole_quarters([2, 3, 6, 7])),
+    (_whole_quarters([0, 2, 4, 6]), _whole_quarters([1, 3, 5, 7])),
+)
+
+
+# The tile of a matrix product: some rows of 32 columns, two vectors each ------------------------
+
+
+class _BFloat16(ir.Type):
+    """What llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat16)
+
+
+_PAIRS = ir.VectorType(_BFloat16(), 2 * LANES)
+
+
+@intrinsic(prefer_literal=True)
+def start_tile(typing, count, bias):
+    """`count` rows, each the 32 float32 at `bias`."""
+    rows = types.UniTuple(vector, 2 * count.literal_value)
+
+    def generate(context, builder, signature, values):
+        return emit.pack(builder, _columns(builder, values[1], emit.F32V) * (rows.count // 2))
+
+    return rows(count, types.int64), generate
+
+
+def _columns(builder: ir.IRBuilder, address: Any, element: ir.Type) -> list[Any]:
+    places = [builder.add(address, address.type(64 * i)) for i in range(2)]
+    return [emit.read(builder, place, element) for place in places]
+
+
+@intrinsic
+def add_float32(typing, tile, x, stride, weights):
+    """tile[r] + the float32 at x + r * stride times the 32 float32 at `weights`."""
+
+    def generate(context, builder, signature, values):
+        tile, x, stride, weights = values
+        columns, sums = _columns(builder, weights, emit.F32V), emit.unpack(builder, tile)
+        for r, place in enumerate(emit.places(builder, x, stride, len(sums) // 2)):
+            factor = emit.splat(builder, emit.read(builder, place, emit.F32))
+            for i, column in enumerate(columns, 2 * r):
+                sums[i] = emit.fma(builder, factor, column, sums[i])
+        return emit.pack(builder, sums)
+
+    return tile(tile, types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def add_pairs(typing, tile, x, stride, weights):
+    """tile[r] + the two bfloat16 at x + r * stride times the 32 pairs at `weights`, by AVX-512's
+    own dot product."""
+    return _of_pairs(tile, _dot_native)
+
+
+@intrinsic
+def add_pairs_as_float32(typing, tile, x, stride, weights):
+    """The same for other CPUs."""
+    return _of_pairs(tile, _dot_as_float32)
+
+
+def _of_pairs(kind: types.Type, dot: Callable) -> Any:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
+        tile, x, stride, weights = values
+        columns, sums = _columns(builder, weights, emit.I32V), emit.unpack(builder, tile)
+        for r, place in enumerate(emit.places(builder, x, stride, len(sums) // 2)):
+            pair = emit.splat(builder, emit.read(builder, place, emit.I32))
+            for i, column in enumerate(columns, 2 * r):
+                sums[i] = dot(builder, sums[i], pair, column)
+        return emit.pack(builder, sums)
+
+    return kind(kind, types.int64, types.int64, types.int64), generate
+
+
+def _dot_native(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
+    a, b = (builder.bitcast(x, _PAIRS) for x in (a, b))
+    return emit.call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", emit.F32V, total, a, b)
+
+
+def _dot_as_float32(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
+    low, high = emit.lanes(emit.I32, 16), emit.lanes(emit.I32, 0xFFFF0000)
+    for half in (lambda x: builder.shl(x, low), lambda x: builder.and_(x, high)):
+        x, y = (builder.bitcast(half(value), emit.F32V) for value in (a, b))
+        total = emit.fma(builder, x, y, total)
+    return total
+
+
+def add_step(kind: int, native: bool, tile: Any, x: int, stride: int, weights: int) -> Any:
+    """One step of 4 bytes along the rows of x: one float32, or two bfloat16."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(add_step, prefer_literal=True)
+def _add_step(kind, native, tile, x, stride, weights):
+    chosen = add_float32
+    if kind.literal_value == simd.BFLOAT16:
+        chosen = add_pairs if native.literal_value else add_pairs_as_float32
+    return lambda kind, native, tile, x, stride, weights: chosen(tile, x, stride, weights)
+
+
+@intrinsic(prefer_literal=True)
+def store_half(typing, kind, half, tile, target, stride):
+    """The first or second 16 columns of the rows, rounded to the kind."""
+    element, which = (4, 2)[kind.literal_value], half.literal_value
+
+    def generate(context, builder, signature, values):
+        columns = emit.unpack(builder, values[2])[which::2]
+        for place, row in zip(
+            emit.places(builder, *values[3:], len(columns)), columns, strict=True
+        ):
+            if element == 2:
+                row = builder.trunc(emit.bfloat16_bits(builder, row), emit.I16V)
+            emit.write(builder, builder.add(place, place.type(LANES * element * which)), row)
+        return context.get_dummy_value()
+
+    return types.void(kind, half, tile, types.int64, types.int64), generate

@@ -5,6 +5,7 @@ import os
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
+from typing import Any
 
 import torch
 
@@ -129,7 +130,18 @@ class ModelRunner:
             fd=self._place.cache_fd if self._place else None,
         )
         self.cache = self._cache.data
-        self._graphs = self._capture() if self.device.type == "cuda" else None
+        self._graphs = self._tapes() if self.device.type == "cpu" else self._capture()
+
+    def _tapes(self) -> Any:
+        """The backend's way to run decode steps with one call, if it has one for this model."""
+        tapes = getattr(self._ops, "tapes", None)
+        if tapes is None or self.shard.size > 1:
+            return None
+        return tapes(
+            self.model_config,
+            forward=lambda batch: self._model.forward(batch, self._cache, None),
+            prepare=lambda batch: self._model.prepare(batch, self._cache),
+        )
 
     @torch.inference_mode()
     def _capture(self) -> DecodeGraphs | None:
@@ -140,7 +152,7 @@ class ModelRunner:
         config, layout = self.config, self.layout
 
         def forward(batch: Batch) -> torch.Tensor:
-            return self._model.forward(batch, self._cache, None)
+            return self._model.forward(batch, self._cache, None).float()
 
         most_tokens = min(config.max_num_batched_tokens, self.max_model_len)
         warm_up(forward, most_tokens, layout.block_size, self.device)
@@ -190,14 +202,14 @@ class ModelRunner:
         if self._graphs is not None and self._graphs.room_for(batch):
             return self._replay(batch, connector)
         if self._ranks is None:
-            return self._model.forward(batch, self._cache, connector)
+            return self._model.forward(batch, self._cache, connector).float()
         if connector is not None:
             # The other ranks have no connector to wait for.
             for layer in range(self.layout.num_layers):
                 connector.wait_for_layer_load(layer)
         self._ranks.send(batch)
         with self._ranks.explained("rank 0 broke off a step"):
-            return self._model.forward(batch, self._cache, connector)
+            return self._model.forward(batch, self._cache, connector).float()
 
     def _replay(self, batch: Batch, connector: KVConnector | None) -> torch.Tensor:
         layers = range(self.layout.num_layers) if connector is not None else ()

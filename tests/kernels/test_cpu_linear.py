@@ -59,13 +59,15 @@ def test_the_bits_of_a_compiled_row_depend_on_that_row_alone(dtype):
         assert torch.equal(linear(x[:count]), alone[:count])
 
 
-def test_a_compiled_product_writes_no_further_than_its_result():
-    linear = matmul.CompiledLinear(torch.randn(80, 96), None)
-    guarded = torch.full((9 * 80 + 64,), 7.0)
-    x = torch.randn(9, 96)
-    want, x.new_empty = linear(x), lambda *shape: guarded[: 9 * 80].view(shape)
-    assert torch.equal(linear(x), want)
-    assert (guarded[9 * 80 :] == 7).all()
+@pytest.mark.parametrize("columns", [1, 15, 16, 17, 31, 33, 80])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_product_writes_no_further_than_its_result(dtype, columns, monkeypatch):
+    guarded = torch.full((9 * columns + 64,), 7.0, dtype=dtype)
+    linear, x = matmul.CompiledLinear(torch.randn(columns, 96).to(dtype), None), torch.randn(9, 96)
+    want = linear(x.to(dtype))
+    monkeypatch.setattr(matmul, "empty", lambda *_: guarded[: 9 * columns].view(9, columns))
+    assert torch.equal(linear(x.to(dtype)), want)
+    assert (guarded[9 * columns :] == 7).all()
 
 
 def test_a_nan_in_a_row_stays_in_that_row():

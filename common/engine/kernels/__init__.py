@@ -44,6 +44,9 @@ class Ops(Protocol):
         `attention`. `windows` is each layer's attention window in tokens, None for all; `rope` is
         `rope_table`'s cos and sin."""
 
+    def take(self, x: torch.Tensor, rows: torch.Tensor, name: str) -> torch.Tensor:
+        """The rows [m] int64 of x [n, d] -> [m, d]; `name` is what they are called in the batch."""
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x [..., d], weight [d] or [heads, d] (a weight for each head) -> like x."""
 

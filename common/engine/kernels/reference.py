@@ -81,6 +81,9 @@ class ReferenceOps:
         block, offset = batch.slot_mapping // size, batch.slot_mapping % size
         return Step(block, offset, cos, sin, spans, windows)
 
+    def take(self, x: torch.Tensor, rows: torch.Tensor, name: str) -> torch.Tensor:
+        return x[rows]
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         if weight.dim() == 1:
             return F.rms_norm(x, x.shape[-1:], weight, eps)

@@ -1,6 +1,6 @@
 """The model registry: the class in a checkpoint's `architectures` -> what runs it here."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -19,8 +19,11 @@ from common.kv.connector import KVConnector
 class Model(Protocol):
     """What the runner needs of a model."""
 
+    def prepare(self, batch: Batch, cache: KVCache) -> Any:
+        """What a step's kernels read, beside the batch itself."""
+
     def forward(self, batch: Batch, cache: KVCache, connector: KVConnector | None) -> torch.Tensor:
-        """Writes the batch's KV; returns logits [num_logits, vocab] float32."""
+        """Writes the batch's KV; returns logits [num_logits, vocab]."""
 
 
 MODELS: dict[str, type[DenseDecoder]] = {

@@ -7,6 +7,7 @@ is [n, e] is whole and the same on all of them.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -75,13 +76,17 @@ class DenseDecoder:
         cos, sin = rope_table(config.rope, config.head_dim, max_len)
         self.rope = cos.to(device), sin.to(device)
 
+    def prepare(self, batch: Batch, cache: KVCache) -> Any:
+        """What `ops` derives from the batch once for all layers."""
+        heads, windows = self.shard.num_heads, self.config.layer_windows
+        return self.ops.prepare(batch, cache, heads, windows, self.rope)
+
     def forward(self, batch: Batch, cache: KVCache, connector: KVConnector | None) -> torch.Tensor:
-        """Writes the batch's KV into the cache; returns logits [num_logits, vocab] float32, of no
-        meaning on ranks other than 0."""
+        """Writes the batch's KV into the cache; returns logits [num_logits, vocab], of no meaning
+        on ranks other than 0."""
         config, ops, eps, group = self.config, self.ops, self.config.rms_norm_eps, self.group
-        heads = self.shard.num_heads
-        step = ops.prepare(batch, cache, heads, config.layer_windows, self.rope)
-        x = self.embedding[batch.token_ids]  # [n, e]
+        step = self.prepare(batch, cache)
+        x = ops.take(self.embedding, batch.token_ids, "token_ids")  # [n, e]
         delta = None
         for index, layer in enumerate(self.layers):
             x, normed = ops.add_norm(x, delta, layer.attention_norm, eps, layer.qkv)
@@ -97,7 +102,8 @@ class DenseDecoder:
             attended = ops.attention(q, cache, index, step).flatten(1)  # [n, h * d]
             if index == config.num_layers - 1:
                 # Nothing reads the other rows any more: a chunk that samples nothing ends here.
-                attended, x = attended[batch.logit_rows], x[batch.logit_rows]
+                rows = batch.logit_rows
+                attended, x = (ops.take(part, rows, "logit_rows") for part in (attended, x))
             delta = group.sum(layer.output(attended))
             if connector is not None:
                 # Not before the sum: with it every rank has written its heads.
@@ -105,7 +111,7 @@ class DenseDecoder:
             x, normed = ops.add_norm(x, delta, layer.mlp_norm, eps, layer.gate_up)
             delta = group.sum(layer.down(ops.silu_mul(layer.gate_up(normed), layer.down)))
         _, normed = ops.add_norm(x, delta, self.norm, eps, self.head)
-        return group.gather(self.head(normed), config.vocab_size).float()
+        return group.gather(self.head(normed), config.vocab_size)
 
 
 def _layer(config: ModelConfig, shard: Shard, weights: WeightReader, index: int) -> Layer:

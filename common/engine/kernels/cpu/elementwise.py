@@ -14,6 +14,31 @@ from common.engine.kernels.cpu import simd
 from common.engine.kernels.cpu.launch import Kernel, compile_kernel, fields
 
 
+class TakeArguments(ctypes.Structure):
+    """Addresses. x [any, row_bytes], of which the rows [num_items] int64 go to out."""
+
+    _fields_ = fields("x rows out row_bytes")
+
+
+@cache
+def take_kernel() -> Kernel:
+    """For rows of whole vectors, 64 bytes each."""
+
+    def take(address):
+        a = carray(address, 1)[0]
+        next_item = simd.address_of(address)
+        while True:
+            row = simd.fetch_add(next_item, 1)
+            if row >= a.num_items:
+                break
+            source = a.x + simd.scalar_int64(a.rows + 8 * row) * a.row_bytes
+            for i in range(0, a.row_bytes, 64):
+                x = simd.load_float32(source + i)
+                simd.store_float32(a.out + row * a.row_bytes + i, x)
+
+    return compile_kernel(take, TakeArguments)
+
+
 class NormArguments(ctypes.Structure):
     """Addresses. x, delta, out [num_items, width]; weight [width]. delta 0: none. x gets the
     sum, out its RMSNorm."""

@@ -10,10 +10,11 @@ import ctypes
 import os
 import platform
 import tempfile
+import threading
 from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import llvmlite
 import numba
@@ -26,6 +27,9 @@ from numba.core import config
 from common.engine.kernels.cpu.simd import BFLOAT16, E4M3, FLOAT32
 
 log = structlog.get_logger("kernels")
+
+# Brings a recorded kernel's arguments up to date, from a step's batch and what was prepared of it.
+Refresh = Callable[[Any, Any, Any], None]
 
 KIND = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float8_e4m3fn: E4M3}
 
@@ -65,26 +69,60 @@ def _cache_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="baton-kernels-"))
 
 
-def _openmp() -> Any:
-    """GOMP_parallel(function, argument, threads, flags) of the runtime that torch loaded (GCC's,
-    or Intel's, which has it too); None where there is none."""
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP runtime that torch loaded, with GOMP_parallel(function, argument, threads, flags):
+    GCC's, or Intel's, which has it too; None where there is none."""
     folder = Path(torch.__file__).parent
     found = [*folder.glob("lib/lib*omp*.so*"), *folder.parent.glob("torch.libs/lib*omp*.so*")]
     for name in (None, *map(str, found)):
         try:
-            function = ctypes.CDLL(name).GOMP_parallel
+            library = ctypes.CDLL(name)
+            function = library.GOMP_parallel
         except (OSError, AttributeError):
             continue
         function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
         function.restype = None
-        return function
+        return library
     return None
 
 
 _FOLDER = _cache_folder()
-_gomp_parallel = _openmp()
+_runtime = _openmp()
+# What the threads of a team call: how many they are, and the system.
+TEAM_SIZE = _runtime and ctypes.cast(_runtime.omp_get_num_threads, ctypes.c_void_p).value
+SYSTEM_CALL = ctypes.cast(ctypes.CDLL(None).syscall, ctypes.c_void_p).value
 _letting_go = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _holding = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
+
+
+class Recorder(Protocol):
+    """Takes note of kernels in place of their being run, and gives them memory; see tape.py."""
+
+    def add(
+        self,
+        kernel: "Kernel",
+        arguments: ctypes.Structure,
+        items: int,
+        refresh: Refresh | None,
+    ) -> None: ...
+
+    def empty(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor: ...
+
+
+class _Recording(threading.local):
+    """Who takes note of this thread's kernels; None: they are run."""
+
+    recorder: Recorder | None = None
+
+
+recording = _Recording()
+
+
+def empty(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """[rows, width], for what a kernel computes."""
+    if recording.recorder is not None:
+        return recording.recorder.empty(rows, width, dtype)
+    return torch.empty(rows, width, dtype=dtype)
 
 
 class Kernel:
@@ -92,24 +130,37 @@ class Kernel:
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled  # keeps the machine code alive
-        self._address = compiled.address
+        self.address = compiled.address
         self._freely = _letting_go(compiled.address)
         self._alone = _holding(compiled.address)
 
     def run(
-        self, arguments: ctypes.Structure, items: int, threads: int, *, long: bool = True
+        self,
+        arguments: ctypes.Structure,
+        items: int,
+        threads: int,
+        *,
+        long: bool = True,
+        refresh: Refresh | None = None,
     ) -> None:
         """Does all work items on up to `threads` threads. Not `long`: so quickly that Python's
         other threads need not run meanwhile; the interpreter's lock is then kept, since it is not
-        had again at once where they want it."""
+        had again at once where they want it. `refresh` is what a recorder calls in later steps."""
+        if recording.recorder is not None:
+            recording.recorder.add(self, arguments, items, refresh)
+            return
         arguments.num_items = items
         arguments.next_item = arguments.next_thread = 0
-        if threads > 1 and items > 1 and _gomp_parallel is not None:
-            _gomp_parallel(self._address, ctypes.addressof(arguments), min(threads, items), 0)
+        if threads > 1 and items > 1 and _runtime is not None:
+            self.run_team(arguments, min(threads, items))
         elif long:
             self._freely(ctypes.addressof(arguments))
         else:
             self._alone(ctypes.addressof(arguments))
+
+    def run_team(self, arguments: ctypes.Structure, threads: int) -> None:
+        """Calls the kernel on each of so many threads, where there is a runtime for that."""
+        _runtime.GOMP_parallel(self.address, ctypes.addressof(arguments), threads, 0)
 
 
 def compile_kernel(function: Callable[[Any], None], arguments: type[ctypes.Structure]) -> Kernel:

@@ -14,7 +14,7 @@ import torch
 from numba import carray
 
 from common.engine.kernels.cpu import simd, tiles
-from common.engine.kernels.cpu.launch import KIND, Kernel, compile_kernel, fields
+from common.engine.kernels.cpu.launch import KIND, Kernel, compile_kernel, empty, fields
 
 LANES = simd.LANES
 PANEL = 2 * LANES
@@ -44,7 +44,7 @@ def multiply_rows(io, native, size, a, panel, first, last):
     later."""
     steps, out_stride = a.width * simd.size(io), a.columns * simd.size(io)
     column = panel * PANEL
-    both = column + LANES < a.columns
+    columns = a.columns - column
     row = first
     while row < last:
         at = min(row, last - size)
@@ -57,9 +57,9 @@ def multiply_rows(io, native, size, a, panel, first, last):
             tile = tiles.add_step(io, native, tile, x + k, a.x_stride, weights)
             weights += 4 * PANEL
         out = a.out + at * out_stride + column * simd.size(io)
-        tiles.store_half(io, 0, tile, out, out_stride)
-        if both:
-            tiles.store_half(io, 1, tile, out, out_stride)
+        tiles.store_half(io, 0, tile, out, out_stride, columns)
+        if columns > LANES:
+            tiles.store_half(io, 1, tile, out, out_stride, columns)
         row += size
 
 
@@ -92,8 +92,8 @@ def matmul_kernel(io: int, native: bool) -> Kernel:
 
 
 def fits(weight: torch.Tensor) -> bool:
-    """Whether CompiledLinear takes this matrix: its sizes are multiples of 16."""
-    return all(size % LANES == 0 for size in weight.shape)
+    """Whether CompiledLinear takes this matrix [out, in]: `in` is a multiple of 16."""
+    return weight.shape[1] % LANES == 0
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -129,7 +129,7 @@ class CompiledLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         rows = len(x)
-        out = x.new_empty(rows, self.out)
+        out = empty(rows, self.out, x.dtype)
         if rows == 0:
             return out
         if x.stride(1) != 1:

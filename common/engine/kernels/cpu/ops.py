@@ -5,7 +5,9 @@ multiples of 16) is left to the reference.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,14 @@ import torch
 
 from common.engine.batch import Batch
 from common.engine.cache import TORCH_DTYPES, KVCache
+from common.engine.config import ModelConfig
 from common.engine.kernels import Linear
 from common.engine.kernels.cpu import attention, elementwise, matmul, prefill
-from common.engine.kernels.cpu.launch import KIND
+from common.engine.kernels.cpu.launch import KIND, TEAM_SIZE, empty, recording
 from common.engine.kernels.cpu.linear import TiledLinear, best
 from common.engine.kernels.cpu.matmul import CompiledLinear
 from common.engine.kernels.cpu.quantized import Fp8Linear, fits
+from common.engine.kernels.cpu.tape import DecodeTapes
 from common.engine.kernels.reference import ReferenceOps
 from common.engine.weight import Weight
 
@@ -27,6 +31,8 @@ ELEMENTS_PER_THREAD = 16384
 # Element-wise work on more rows takes long enough to let other Python threads run.
 MANY_ROWS = 64
 HEAD_DIM_MULTIPLE = 32
+# Columns of bfloat16 that are whole vectors of 64 bytes.
+TAKE_MULTIPLE = 32
 # A sequence with fewer queries in a step has them attend one by one.
 CHUNK_QUERIES = 8
 LINE_BYTES = 64
@@ -40,6 +46,10 @@ class Splits:
     parts: np.ndarray
     pending: np.ndarray
     num_parts: int
+
+    def fill(self, a: attention.DecodeArguments) -> None:
+        a.items, a.row_parts = self.items.ctypes.data, self.parts.ctypes.data
+        a.pending = self.pending.ctypes.data
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +76,7 @@ class CpuOps(ReferenceOps):
 
     def __init__(self, batch_invariant: bool = False) -> None:
         self._batch_invariant = batch_invariant
+        self._all_compiled = True
         self._norm = elementwise.NormArguments()
         self._silu = elementwise.SiluArguments()
         self._scratch = np.empty(0, np.uint8)
@@ -77,9 +88,39 @@ class CpuOps(ReferenceOps):
             linear = Fp8Linear(weight, bias) if fits(weight) else super().linear(weight, bias)
         else:
             linear = best(weight.values.dtype, matmul.fits(weight.values))(weight.values, bias)
-        if self._batch_invariant and not isinstance(linear, CompiledLinear):
-            return TiledLinear(linear, weight)
-        return linear
+        if isinstance(linear, CompiledLinear):
+            return linear
+        self._all_compiled = False
+        return TiledLinear(linear, weight) if self._batch_invariant else linear
+
+    def tapes(
+        self,
+        config: ModelConfig,
+        forward: Callable[[Batch], torch.Tensor],
+        prepare: Callable[[Batch], Any],
+    ) -> DecodeTapes | None:
+        """For a model all of whose matrices were packed here. None: a step of it is not made of
+        compiled kernels alone, which a tape is."""
+        rows = config.hidden_size, config.num_heads * config.head_dim
+        possible = (
+            self._all_compiled
+            and not config.qk_norm
+            and config.head_dim % HEAD_DIM_MULTIPLE == 0
+            and all(width % TAKE_MULTIPLE == 0 for width in rows)
+            and TEAM_SIZE is not None
+        )
+        return DecodeTapes(forward, prepare) if possible else None
+
+    def take(self, x: torch.Tensor, rows: torch.Tensor, name: str) -> torch.Tensor:
+        if recording.recorder is None:
+            return x[rows]
+        width = x.shape[1]
+        out = empty(len(rows), width, x.dtype)
+        a = elementwise.TakeArguments(x=x.data_ptr(), out=out.data_ptr(), rows=rows.data_ptr())
+        a.row_bytes = width * x.element_size()
+        refresh = partial(_refresh_take, name)
+        elementwise.take_kernel().run(a, len(rows), 1, refresh=refresh)
+        return out
 
     def add_norm(
         self,
@@ -92,7 +133,7 @@ class CpuOps(ReferenceOps):
         rows, width = x.shape
         if width % 16:
             return super().add_norm(x, delta, weight, eps, into)
-        out = torch.empty_like(x)
+        out = empty(rows, width, x.dtype)
         a = self._norm
         a.x, a.weight, a.out = x.data_ptr(), weight.data_ptr(), out.data_ptr()
         a.delta = 0 if delta is None else delta.data_ptr()
@@ -105,7 +146,7 @@ class CpuOps(ReferenceOps):
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
         if width % 16:
             return super().silu_mul(gate_up, into)
-        out = gate_up.new_empty(rows, width)
+        out = empty(rows, width, gate_up.dtype)
         a = self._silu
         a.gate_up, a.out, a.width = gate_up.data_ptr(), out.data_ptr(), width
         threads = threads_for(4 * rows * width)
@@ -190,14 +231,14 @@ class CpuOps(ReferenceOps):
         a.cache, a.scales = addresses(cache, layer)
         kernel = elementwise.write_kernel(kv_kind(cache), KIND[qkv.dtype])
         rows, threads = qkv.shape[0], threads_for(2 * qkv.numel())
-        kernel.run(a, rows, threads, long=rows > MANY_ROWS)
+        kernel.run(a, rows, threads, long=rows > MANY_ROWS, refresh=_refresh_write)
         return qkv[:, : a.heads]
 
     def attention(self, q: torch.Tensor, cache: KVCache, layer: int, step: Any) -> torch.Tensor:
         if not isinstance(step, Step):
             return super().attention(q, cache, layer, step)
         window = step.windows[layer]
-        out = torch.empty(q.shape, dtype=q.dtype)
+        out = empty(len(q), q.shape[1] * q.shape[2], q.dtype)
         kinds = kv_kind(cache), KIND[q.dtype], step.group
         lanes = q.shape[1] // step.group
         for a in (step.decode, step.prefill):
@@ -210,11 +251,29 @@ class CpuOps(ReferenceOps):
             chunk.run(step.prefill, len(step.chunks) * lanes, step.threads)
         splits = step.splits[window]
         if len(splits.items):
-            a = step.decode
-            a.items, a.row_parts = splits.items.ctypes.data, splits.parts.ctypes.data
-            a.pending = splits.pending.ctypes.data
-            single.run(a, len(splits.items) * lanes, step.threads)
-        return out
+            splits.fill(step.decode)
+            refresh = partial(_refresh_decode, window, lanes)
+            single.run(step.decode, len(splits.items) * lanes, step.threads, refresh=refresh)
+        return out.view(q.shape)
+
+
+def _refresh_take(name: str, a: elementwise.TakeArguments, batch: Batch, step: Step) -> None:
+    a.rows = getattr(batch, name).data_ptr()
+
+
+def _refresh_write(a: elementwise.WriteArguments, batch: Batch, step: Step) -> None:
+    a.positions, a.slots = step.write.positions, step.write.slots
+
+
+def _refresh_decode(
+    window: int | None, lanes: int, a: attention.DecodeArguments, batch: Batch, step: Step
+) -> None:
+    now, splits = step.decode, step.splits[window]
+    a.tables, a.table_width = now.tables, now.table_width
+    a.row_sequence, a.row_context = now.row_sequence, now.row_context
+    a.parts, a.scratch = now.parts, now.scratch
+    splits.fill(a)
+    a.num_items = len(splits.items) * lanes
 
 
 def threads_for(elements: int) -> int:

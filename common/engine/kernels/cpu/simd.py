@@ -15,6 +15,7 @@ from numba.extending import intrinsic, overload
 from common.engine.kernels.cpu import emit
 from common.engine.kernels.cpu.emit import LANES, vector
 
+INT64 = ir.IntType(64)
 NAN_BITS = 0x7FC00000
 # exp is 0 below, where float32 would be subnormal, and stays finite up to the other end.
 EXP_LOW, EXP_HIGH = -87.0, 88.0
@@ -108,13 +109,13 @@ def put_float32(builder, address, value):
 @emit.function(types.int64, types.int64)
 def scalar_int64(builder, address):
     """One int64."""
-    return emit.read(builder, address, ir.IntType(64))
+    return emit.read(builder, address, INT64)
 
 
 @emit.function(types.int64, types.int64)
 def scalar_int32(builder, address):
     """One int32."""
-    return builder.sext(emit.read(builder, address, emit.I32), ir.IntType(64))
+    return builder.sext(emit.read(builder, address, emit.I32), INT64)
 
 
 @intrinsic
@@ -122,7 +123,7 @@ def address_of(typing, pointer):
     """A pointer as the number that the functions here take."""
 
     def generate(context, builder, signature, values):
-        return builder.ptrtoint(values[0], ir.IntType(64))
+        return builder.ptrtoint(values[0], INT64)
 
     return types.int64(pointer), generate
 
@@ -139,8 +140,61 @@ def prefetch(builder, address):
 @emit.function(types.int64, types.int64, types.int64)
 def fetch_add(builder, address, value):
     """Adds to an int64 that threads share; what it was before."""
-    pointer = emit.pointer(builder, address, ir.IntType(64))
+    pointer = emit.pointer(builder, address, INT64)
     return builder.atomic_rmw("add", pointer, value, "seq_cst")
+
+
+@emit.function(types.int64, types.int64)
+def load_shared(builder, address):
+    """An int64 that other threads change."""
+    return builder.load_atomic(emit.pointer(builder, address, INT64), "acquire", 8)
+
+
+@emit.function(types.void, types.int64, types.int64)
+def put_int64(builder, address, value):
+    """One int64."""
+    emit.write(builder, address, value)
+
+
+# Other code --------------------------------------------------------------------------------
+
+
+@intrinsic
+def pause(typing):
+    """Tells the core that this thread waits for another."""
+
+    def generate(context, builder, signature, values):
+        emit.call(builder, "llvm.x86.sse2.pause", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@emit.function(types.int64, types.int64)
+def call_int(builder, function):
+    """What an int function(void) at this address returns."""
+    kind = ir.FunctionType(emit.I32, [])
+    return builder.sext(builder.call(emit.pointer(builder, function, kind), []), INT64)
+
+
+@intrinsic
+def system_call(typing, function, number, address, action, value):
+    """syscall(number, address, action, value, NULL), `function` being its address."""
+
+    def generate(context, builder, signature, values):
+        kind = ir.FunctionType(INT64, [INT64] * 5)
+        function = emit.pointer(builder, values[0], kind)
+        return builder.call(function, [*values[1:], INT64(0)])
+
+    return types.int64(*[types.int64] * 5), generate
+
+
+@emit.function(types.void, types.int64, types.int64)
+def call_kernel(builder, function, arguments):
+    """Calls a void function(void *) at this address."""
+    argument = emit.pointer(builder, arguments, emit.I8)
+    kind = ir.FunctionType(ir.VoidType(), [argument.type])
+    builder.call(emit.pointer(builder, function, kind), [argument])
 
 
 # Arithmetic --------------------------------------------------------------------------------

@@ -289,18 +289,33 @@ def _add_step(kind, native, tile, x, stride, weights):
 
 
 @intrinsic(prefer_literal=True)
-def store_half(typing, kind, half, tile, target, stride):
-    """The first or second 16 columns of the rows, rounded to the kind."""
-    element, which = (4, 2)[kind.literal_value], half.literal_value
+def store_half(typing, kind, half, tile, target, stride, count):
+    """The first or second 16 columns of the rows, of which there are `count` at least, rounded to
+    the kind."""
+    which, kind_value = half.literal_value, kind.literal_value
+    element = (emit.F32, emit.I16)[kind_value]
+    bytes_each = (4, 2)[kind_value]
 
     def generate(context, builder, signature, values):
         columns = emit.unpack(builder, values[2])[which::2]
-        for place, row in zip(
-            emit.places(builder, *values[3:], len(columns)), columns, strict=True
-        ):
-            if element == 2:
-                row = builder.trunc(emit.bfloat16_bits(builder, row), emit.I16V)
-            emit.write(builder, builder.add(place, place.type(LANES * element * which)), row)
+        places = emit.places(builder, *values[3:5], len(columns))
+        if kind_value == simd.BFLOAT16:
+            bits = [emit.bfloat16_bits(builder, row) for row in columns]
+            columns = [builder.trunc(row, emit.I16V) for row in bits]
+        left = builder.sub(values[5], values[5].type(LANES * which))
+        whole = builder.icmp_signed(">=", left, left.type(LANES))
+        with builder.if_else(whole) as (then, otherwise):
+            with then:
+                for place, row in zip(places, columns, strict=True):
+                    at = builder.add(place, place.type(LANES * bytes_each * which))
+                    emit.write(builder, at, row)
+            with otherwise:
+                mask = emit.first_lanes(builder, left)
+                name = f"llvm.masked.store.v16{'i16' if bytes_each == 2 else 'f32'}.p0"
+                for place, row in zip(places, columns, strict=True):
+                    at = builder.add(place, place.type(LANES * bytes_each * which))
+                    pointer = emit.pointer(builder, at, ir.VectorType(element, LANES))
+                    emit.call(builder, name, ir.VoidType(), row, pointer, emit.I32(1), mask)
         return context.get_dummy_value()
 
-    return types.void(kind, half, tile, types.int64, types.int64), generate
+    return types.void(kind, half, tile, types.int64, types.int64, types.int64), generate

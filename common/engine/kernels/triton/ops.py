@@ -142,6 +142,9 @@ class TritonOps:
             windows=windows,
         )
 
+    def take(self, x: torch.Tensor, rows: torch.Tensor, name: str) -> torch.Tensor:
+        return x[rows]
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return rms_norm(x, weight, eps)
 

@@ -1,0 +1,205 @@
+"""A decode step as a tape: every kernel that it runs, recorded once and then run with one call.
+
+Between the kernels of a step there is Python, and a team of threads that is woken and sent to
+sleep a hundred times; with few sequences this takes as long as the kernels do. A tape has the team
+woken once: all go through the same kernels, and wait for each other after each.
+
+The first step of a batch size is recorded as the model runs: its kernels note their arguments in
+place of computing, and what they compute in is taken from a pool that later steps find again. A
+later step of that size refreshes what differs: where its tokens, pages and results lie.
+"""
+
+import ctypes
+import sys
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import torch
+from numba import carray
+
+from common.engine.batch import Batch
+from common.engine.graphs import only_decodes
+from common.engine.kernels.cpu import launch, simd
+from common.engine.kernels.cpu.launch import Kernel, Refresh, compile_kernel, fields
+
+# Decoding more sequences at once takes so long that what lies between its kernels is no matter.
+MOST_ROWS = 64
+# Linux: of x86-64, of its futexes that one process uses alone.
+FUTEX, FUTEX_WAIT, FUTEX_WAKE, EVERYBODY = 202, 128, 129, 2**31 - 1
+# Tens of microseconds.
+PATIENCE = 2000
+
+
+class TapeArguments(ctypes.Structure):
+    """Addresses.
+
+    entries     [num_items, 2] int64: a kernel and its arguments
+    patience    looks at whether the others have come, before a thread goes to sleep
+    team        omp_get_num_threads
+    system      syscall
+    meeting     [3] int64, all 0 before a run: how often a thread was done with a kernel, the
+                kernels that all are done with, the threads that sleep
+    """
+
+    _fields_ = fields("entries patience team system meeting")
+
+
+@simd.part
+def wait_for_all(meeting, number, threads, patience, system):
+    """Until all threads are done with kernel `number`: a barrier that sleeps (Drepper 2011, Futexes
+    are tricky) where others need the cores, as it takes long then."""
+    done, sleepers = meeting + 8, meeting + 16
+    if simd.fetch_add(meeting, 1) + 1 == (number + 1) * threads:
+        simd.fetch_add(done, 1)
+        if simd.load_shared(sleepers) > 0:
+            simd.system_call(system, FUTEX, done, FUTEX_WAKE, EVERYBODY)
+        return
+    while simd.load_shared(done) <= number:
+        if patience > 0:
+            simd.pause()
+            patience -= 1
+            continue
+        simd.fetch_add(sleepers, 1)
+        # Returns at once where `done` is not `number` any more.
+        simd.system_call(system, FUTEX, done, FUTEX_WAIT, number)
+        simd.fetch_add(sleepers, -1)
+
+
+@simd.part
+def rewind(arguments):
+    """For the next run of a kernel that all have left."""
+    simd.put_int64(arguments, 0)
+    simd.put_int64(arguments + 8, 0)
+
+
+@cache
+def tape_kernel() -> Kernel:
+    def tape(address):
+        a = carray(address, 1)[0]
+        counters = simd.address_of(address)
+        thread = simd.fetch_add(counters + 8, 1)
+        threads = simd.call_int(a.team)
+        for i in range(a.num_items):
+            entry = a.entries + 16 * i
+            simd.call_kernel(simd.scalar_int64(entry), simd.scalar_int64(entry + 8))
+            wait_for_all(a.meeting, i, threads, a.patience, a.system)
+            if thread == 0:
+                rewind(simd.scalar_int64(entry + 8))
+
+    return compile_kernel(tape, TapeArguments)
+
+
+class Pool:
+    """Memory for what the kernels of a tape compute: that of a tensor which is gone is given out
+    again, as its reader comes earlier on the tape than who writes there next."""
+
+    def __init__(self) -> None:
+        self._chunks: list[np.ndarray] = []
+        self._free = sys.getrefcount(np.empty(1)) + 1
+
+    def empty(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """[rows, width], rows at most MOST_ROWS."""
+        size = MOST_ROWS * width * dtype.itemsize
+        return _view(self._chunk(size), rows, width, dtype)
+
+    def at(self, address: int, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """What `empty` gave out at this address."""
+        chunk = next(chunk for chunk in self._chunks if chunk.ctypes.data == address)
+        return _view(chunk, rows, width, dtype)
+
+    def _chunk(self, size: int) -> np.ndarray:
+        chunks = self._chunks
+        for i in range(len(chunks)):
+            # A tensor of its memory refers to a chunk.
+            if chunks[i].nbytes >= size and sys.getrefcount(chunks[i]) == self._free:
+                return chunks[i]
+        chunks.append(np.empty(size, np.uint8))
+        return chunks[-1]
+
+
+def _view(chunk: np.ndarray, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    size = rows * width * dtype.itemsize
+    return torch.from_numpy(chunk)[:size].view(dtype).view(rows, width)
+
+
+class Tape:
+    """Kernels with their arguments, in their order."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self.empty = pool.empty
+        self._kernels: list[Kernel] = []
+        self._arguments: list[ctypes.Structure] = []
+        self._refreshed: list[tuple[ctypes.Structure, Refresh]] = []
+        self._meeting = (ctypes.c_int64 * 3)()
+
+    def add(
+        self, kernel: Kernel, arguments: ctypes.Structure, items: int, refresh: Refresh | None
+    ) -> None:
+        """Used by Kernel.run."""
+        copy = type(arguments).from_buffer_copy(arguments)
+        copy.num_items, copy.next_item, copy.next_thread = items, 0, 0
+        self._kernels.append(kernel)
+        self._arguments.append(copy)
+        if refresh is not None:
+            self._refreshed.append((copy, refresh))
+
+    def finish(self, output: torch.Tensor) -> None:
+        """Nothing more comes; `output`, of `empty`, is the step's result."""
+        pairs = zip(self._kernels, self._arguments, strict=True)
+        entries = [(kernel.address, ctypes.addressof(a)) for kernel, a in pairs]
+        self._entries = np.array(entries, np.int64)
+        a = self._run = TapeArguments()
+        a.entries, a.num_items = self._entries.ctypes.data, len(entries)
+        a.patience, a.team, a.system = PATIENCE, launch.TEAM_SIZE, launch.SYSTEM_CALL
+        a.meeting = ctypes.addressof(self._meeting)
+        # Kept without a reference, so that other tapes may compute in its memory too.
+        self._output = output.data_ptr(), *output.shape, output.dtype
+
+    def run(self, batch: Batch, step: object) -> torch.Tensor:
+        """The step's result, valid until the next run of any tape of the pool."""
+        for arguments, refresh in self._refreshed:
+            refresh(arguments, batch, step)
+        self._meeting[:] = (0, 0, 0)
+        self._run.next_thread = 0
+        tape_kernel().run_team(self._run, torch.get_num_threads())
+        return self._pool.at(*self._output)
+
+
+class DecodeTapes:
+    """A tape for each size of batch that has come.
+
+    forward  a model's: runs its kernels, and nothing else
+    prepare  what a model has made of a batch before its first layer
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Batch], torch.Tensor],
+        prepare: Callable[[Batch], object],
+    ) -> None:
+        self._forward, self._prepare = forward, prepare
+        self._pool = Pool()
+        self._tapes: dict[int, Tape] = {}
+
+    def room_for(self, batch: Batch) -> bool:
+        return only_decodes(batch) and len(batch.context_len) <= MOST_ROWS
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Logits [num_logits, vocab] float32 of a batch with room."""
+        count = len(batch.context_len)
+        step = self._prepare(batch)
+        if count not in self._tapes:
+            self._tapes[count] = self._record(batch)
+        return self._tapes[count].run(batch, step).to(torch.float32, copy=True)
+
+    def _record(self, batch: Batch) -> Tape:
+        tape = Tape(self._pool)
+        launch.recording.recorder = tape
+        try:
+            output = self._forward(batch)
+        finally:
+            launch.recording.recorder = None
+        tape.finish(output)
+        return tape

@@ -6,11 +6,9 @@ multiples of 16) is left to the reference.
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from common.engine.batch import Batch
@@ -21,6 +19,7 @@ from common.engine.kernels.cpu import attention, elementwise, matmul, prefill
 from common.engine.kernels.cpu.launch import KIND, TEAM_SIZE, empty, recording
 from common.engine.kernels.cpu.linear import TiledLinear, best
 from common.engine.kernels.cpu.matmul import CompiledLinear
+from common.engine.kernels.cpu.plan import Planner, Step
 from common.engine.kernels.cpu.quantized import Fp8Linear, fits
 from common.engine.kernels.cpu.tape import DecodeTapes
 from common.engine.kernels.reference import ReferenceOps
@@ -35,36 +34,6 @@ HEAD_DIM_MULTIPLE = 32
 TAKE_MULTIPLE = 32
 # A sequence with fewer queries in a step has them attend one by one.
 CHUNK_QUERIES = 8
-LINE_BYTES = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Splits:
-    """Which rows attend one by one in layers with one window; see DecodeArguments."""
-
-    items: np.ndarray
-    parts: np.ndarray
-    pending: np.ndarray
-    num_parts: int
-
-    def fill(self, a: attention.DecodeArguments) -> None:
-        a.items, a.row_parts = self.items.ctypes.data, self.parts.ctypes.data
-        a.pending = self.pending.ctypes.data
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One step's batch as the kernels read it. `keep` holds what the addresses are of."""
-
-    write: elementwise.WriteArguments
-    decode: attention.DecodeArguments
-    splits: dict[int | None, Splits]
-    prefill: prefill.PrefillArguments
-    chunks: np.ndarray
-    windows: tuple[int | None, ...]
-    group: int
-    threads: int
-    keep: tuple[Any, ...]
 
 
 class CpuOps(ReferenceOps):
@@ -79,9 +48,8 @@ class CpuOps(ReferenceOps):
         self._all_compiled = True
         self._norm = elementwise.NormArguments()
         self._silu = elementwise.SiluArguments()
-        self._scratch = np.empty(0, np.uint8)
         # A query that attends alone does so in one way, whatever the size of its chunk.
-        self._chunk_queries = sys.maxsize if batch_invariant else CHUNK_QUERIES
+        self._planner = Planner(sys.maxsize if batch_invariant else CHUNK_QUERIES)
 
     def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
         if weight.activation is not None:
@@ -163,65 +131,9 @@ class CpuOps(ReferenceOps):
         windows: tuple[int | None, ...],
         rope: tuple[torch.Tensor, torch.Tensor],
     ) -> Any:
-        layout, kv_heads = cache.layout, cache.num_kv_heads
-        if layout.head_dim % HEAD_DIM_MULTIPLE:
+        if cache.layout.head_dim % HEAD_DIM_MULTIPLE:
             return super().prepare(batch, cache, num_heads, windows, rope)
-        heads_each = num_heads // kv_heads
-        group = max(g for g in range(1, attention.MAX_GROUP + 1) if heads_each % g == 0)
-        lanes, threads = num_heads // group, torch.get_num_threads()
-        starts = np.array(batch.query_start, dtype=np.int32)
-        counts = np.diff(starts)
-        sequence = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        context = batch.positions.numpy().astype(np.int32) + 1
-        chunked = counts >= self._chunk_queries
-        rows = np.flatnonzero(~chunked[sequence]).astype(np.int32)
-        splits = {window: split(rows, context, window, lanes) for window in set(windows)}
-        part_floats = lanes * group * (layout.head_dim + 16)
-        parts = np.empty(max(s.num_parts for s in splits.values()) * part_floats, np.float32)
-        decode_bytes = attention.scratch_bytes(group, layout.head_dim)
-        prefill_bytes = prefill.scratch_bytes(group, layout.head_dim)
-        scratch = self._scratch_of(threads * max(decode_bytes, prefill_bytes))
-        pages = {
-            "block_bytes": layout.block_bytes,
-            "block_size": layout.block_size,
-            "block_heads": layout.num_kv_heads,
-            "kv_heads": kv_heads,
-            "head_dim": layout.head_dim,
-        }
-        attend = {
-            **pages,
-            "tables": batch.block_table.data_ptr(),
-            "table_width": batch.block_table.shape[1],
-            "passes": heads_each // group,
-            "scale": layout.head_dim**-0.5,
-            "scratch": scratch,
-        }
-        decode = attention.DecodeArguments(
-            **attend,
-            row_sequence=sequence.ctypes.data,
-            row_context=context.ctypes.data,
-            parts=parts.ctypes.data,
-            scratch_bytes=decode_bytes,
-        )
-        write = elementwise.WriteArguments(
-            **pages,
-            positions=batch.positions.data_ptr(),
-            slots=batch.slot_mapping.data_ptr(),
-            cos=rope[0].data_ptr(),
-            sin=rope[1].data_ptr(),
-            heads=num_heads,
-        )
-        chunks = cut_chunks(np.flatnonzero(chunked), starts, context, group)
-        chunk = prefill.PrefillArguments(**attend, items=chunks.ctypes.data)
-        chunk.scratch_bytes = prefill_bytes
-        keep = (batch, sequence, context, rope, parts, self._scratch)
-        return Step(write, decode, splits, chunk, chunks, windows, group, threads, keep)
-
-    def _scratch_of(self, size: int) -> int:
-        """The address of memory that threads write in during a call, on a line's border."""
-        if len(self._scratch) < size + LINE_BYTES:
-            self._scratch = np.empty(size + LINE_BYTES, np.uint8)
-        return -(-self._scratch.ctypes.data // LINE_BYTES) * LINE_BYTES
+        return self._planner.plan(batch, cache, num_heads, windows, rope)
 
     def write_kv(self, qkv: torch.Tensor, cache: KVCache, layer: int, step: Any) -> torch.Tensor:
         if not isinstance(step, Step):
@@ -290,37 +202,3 @@ def addresses(cache: KVCache, layer: int) -> tuple[int, int]:
 def kv_kind(cache: KVCache) -> int:
     """simd's kind of the cache's numbers."""
     return KIND[TORCH_DTYPES[cache.layout.kv_dtype]]
-
-
-def split(rows: np.ndarray, context: np.ndarray, window: int | None, lanes: int) -> Splits:
-    """The splits of the contexts of these rows [n] int32, every one a work item for each lane.
-    context [num_tokens] int32: of all rows."""
-    size, own = attention.SPLIT_TOKENS, context[rows]
-    first = 0 * own if window is None else np.maximum(own - window, 0) // size
-    count = (own - 1) // size + 1 - first
-    ends = np.cumsum(count, dtype=np.int32)
-    total = int(ends[-1]) if len(ends) else 0
-    items = np.empty((total, 2), np.int32)
-    items[:, 0] = np.repeat(rows, count)
-    items[:, 1] = np.arange(total, dtype=np.int32) + np.repeat(first + count - ends, count)
-    several = np.where(count > 1, count, 0)
-    parts = np.empty(len(context), np.int32)
-    parts[rows] = np.where(count > 1, np.cumsum(several) - several, -1)
-    pending = np.empty((len(context), lanes), np.int64)
-    pending[rows] = count[:, None]
-    return Splits(items, parts, pending, int(several.sum()))
-
-
-def cut_chunks(
-    sequences: np.ndarray, starts: np.ndarray, context: np.ndarray, group: int
-) -> np.ndarray:
-    """The items of PrefillArguments for these sequences [n], [items, 4] int32; starts is
-    Batch.query_start. What sees most comes first, so that no thread is left alone with it."""
-    size = prefill.queries_of_item(group)
-    items = [
-        (i, row, min(size, starts[i + 1] - row), context[row] - 1)
-        for i in sequences
-        for row in range(starts[i], starts[i + 1], size)
-    ]
-    items.sort(key=lambda item: -item[3])
-    return np.array(items, dtype=np.int32).reshape(-1, 4)

@@ -2,11 +2,13 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from common.engine.cache import KVCache
+from common.engine.kernels.cpu import prefill, tiles
 from common.engine.kernels.cpu.ops import CpuOps, Step
 from common.engine.kernels.reference import quantize_fp8
 from common.kv.layout import KVLayout
@@ -118,8 +120,19 @@ def test_a_window_hides_what_is_older(window):
     check("bf16", 64, 2, 2, 16, window)
 
 
-def test_bfloat16_queries():
-    check("bf16", 64, 4, 3, 16, None, torch.bfloat16)
+@pytest.mark.parametrize("native", {False, tiles.HAS_BFLOAT16})
+@pytest.mark.parametrize(
+    ("head_dim", "group", "block_size", "window"),
+    [(64, 3, 16, None), (64, 8, 1, 17), (96, 1, 16, 300), (128, 5, 32, None), (256, 4, 16, 64)],
+)
+def test_bfloat16_queries_and_kv(native, head_dim, group, block_size, window, monkeypatch):
+    kernel = partial(prefill.prefill_kernel, native=native)
+    monkeypatch.setattr(prefill, "prefill_kernel", kernel)
+    check("bf16", head_dim, 2, group, block_size, window, torch.bfloat16)
+
+
+def test_bfloat16_queries_of_fp8_kv():
+    check("fp8_e4m3", 64, 4, 3, 16, None, torch.bfloat16)
 
 
 def test_a_nan_in_a_visible_token_reaches_the_result_of_its_row_only():

@@ -185,6 +185,15 @@ _FOLDS = (
 )
 
 
+@emit.function(vector, types.int64, types.int64)
+def interleave(builder, low, high):
+    """16 pairs, of the 16 elements of 16 bits at `low` and those at `high`."""
+    halves = [emit.read(builder, place, emit.I16V) for place in (low, high)]
+    low, high = (builder.zext(half, emit.I32V) for half in halves)
+    pairs = builder.or_(low, builder.shl(high, emit.lanes(emit.I32, 16)))
+    return builder.bitcast(pairs, emit.F32V)
+
+
 # The tile of a matrix product: some rows of 32 columns, two vectors each ------------------------
 
 

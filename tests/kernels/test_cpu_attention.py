@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.engine.cache import KVCache
-from common.engine.kernels.cpu import prefill, tiles
+from common.engine.kernels.cpu import attention, prefill, tiles
 from common.engine.kernels.cpu.ops import CpuOps, Step
 from common.engine.kernels.reference import quantize_fp8
 from common.kv.layout import KVLayout
@@ -126,8 +126,9 @@ def test_a_window_hides_what_is_older(window):
     [(64, 3, 16, None), (64, 8, 1, 17), (96, 1, 16, 300), (128, 5, 32, None), (256, 4, 16, 64)],
 )
 def test_bfloat16_queries_and_kv(native, head_dim, group, block_size, window, monkeypatch):
-    kernel = partial(prefill.prefill_kernel, native=native)
-    monkeypatch.setattr(prefill, "prefill_kernel", kernel)
+    for module, name in ((prefill, "prefill_kernel"), (attention, "decode_kernel")):
+        kernel = partial(getattr(module, name), native=native)
+        monkeypatch.setattr(module, name, kernel)
     check("bf16", head_dim, 2, group, block_size, window, torch.bfloat16)
 
 

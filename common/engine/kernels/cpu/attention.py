@@ -74,14 +74,28 @@ def fetch_tile(kv, a, k):
 
 
 @simd.part
-def multiply_keys(kv, group, a, k, count, q, products):
+def copy_queries(a, source, count, q, sums):
+    """The same in pairs of bfloat16: as they are, not scaled."""
+    for i in range(0, 2 * count * a.head_dim, 64):
+        simd.store_float32(q + i, simd.load_float32(source + i))
+    for i in range(0, 4 * count * a.head_dim, 64):
+        simd.store_float32(sums + i, simd.splat(np.float32(0.0)))
+
+
+@simd.part
+def multiply_keys(kv, pairs, group, a, k, count, q, products):
     """Of `count` tokens and each head 16 numbers whose sum is the score."""
     row_bytes = 4 * a.head_dim
     for t in range(count):
         rows = tiles.zero_rows(group)
-        for c in range(0, a.head_dim, 16):
-            x = simd.load(kv, k + (t * a.head_dim + c) * simd.size(kv))
-            rows = tiles.dot_rows(rows, x, q + 4 * c, row_bytes)
+        if pairs:
+            for c in range(0, 2 * a.head_dim, 64):
+                x = simd.load_float32(k + 2 * t * a.head_dim + c)
+                rows = tiles.dot_pairs(rows, x, q + c, 2 * a.head_dim)
+        else:
+            for c in range(0, a.head_dim, 16):
+                x = simd.load(kv, k + (t * a.head_dim + c) * simd.size(kv))
+                rows = tiles.dot_rows(rows, x, q + 4 * c, row_bytes)
         tiles.store_rows(rows, products + 64 * t, 1024)
 
 
@@ -96,11 +110,13 @@ def fade_row(row, row_bytes, maximum, total, new):
 
 
 @simd.part
-def soften(kv, group, a, scale, count, products, weights, sums, maxima, totals):
+def soften(kv, pairs, group, a, scale, count, products, weights, sums, maxima, totals):
     """From products to the weights of V; `scale` is where K's scales are."""
     row_bytes = 4 * a.head_dim
     for g in range(group):
         x = tiles.totals(products + 1024 * g)
+        if pairs:
+            x = simd.mul(x, simd.splat(np.float32(a.scale)))
         if kv == simd.E4M3:
             x = simd.mul(x, simd.load_first(scale, count))
         x = simd.keep_first(x, count, np.float32(-np.inf))
@@ -130,7 +146,7 @@ def add_values(kv, group, a, v, count, weights, sums):
 
 
 @simd.part
-def attend_tokens(kv, group, a, table, kv_head, start, end, q):
+def attend_tokens(kv, pairs, group, a, table, kv_head, start, end, q):
     """A group's queries at q over the tokens [start, end) of a sequence; see scratch_bytes."""
     row_bytes = 4 * a.head_dim
     sums = q + group * row_bytes
@@ -152,9 +168,10 @@ def attend_tokens(kv, group, a, table, kv_head, start, end, q):
             ahead = simd.scalar_int32(table + 4 * (stop // a.block_size)) * a.block_bytes
             fetch_tile(kv, a, keys + ahead + stop % a.block_size * token_bytes)
         scale = a.scales + block + 4 * (kv_head * a.block_size + inside)
-        multiply_keys(kv, group, a, k, stop - token, q, products)
-        soften(kv, group, a, scale, stop - token, products, weights, sums, maxima, maxima + 64)
-        add_values(kv, group, a, k + a.block_heads * head_bytes, stop - token, weights, sums)
+        count = stop - token
+        multiply_keys(kv, pairs, group, a, k, count, q, products)
+        soften(kv, pairs, group, a, scale, count, products, weights, sums, maxima, maxima + 64)
+        add_values(kv, group, a, k + a.block_heads * head_bytes, count, weights, sums)
         token = stop
 
 
@@ -203,8 +220,10 @@ def write_row(io, dim, row, total, target):
 
 
 @cache
-def decode_kernel(kv: int, io: int, group: int) -> Kernel:
-    """kv and io: simd's kind of the cache's and of the queries' numbers; group: heads at once."""
+def decode_kernel(kv: int, io: int, group: int, native: bool = tiles.HAS_BFLOAT16) -> Kernel:
+    """kv and io: simd's kind of the cache's and of the queries' numbers; group: heads at once;
+    native: the CPU has products of bfloat16, which scores are made of where all are bfloat16."""
+    pairs = native and kv == io == simd.BFLOAT16
 
     def paged_decode(address):
         a = carray(address, 1)[0]
@@ -228,8 +247,11 @@ def decode_kernel(kv: int, io: int, group: int) -> Kernel:
                 first = max(0, context - a.window)
             start, end = split * SPLIT_TOKENS, min(split * SPLIT_TOKENS + SPLIT_TOKENS, context)
             head = lane * group * dim * simd.size(io)
-            load_queries(io, a, a.q + row * a.q_stride + head, group, q, sums)
-            attend_tokens(kv, group, a, table, lane // a.passes, max(start, first), end, q)
+            if pairs:
+                copy_queries(a, a.q + row * a.q_stride + head, group, q, sums)
+            else:
+                load_queries(io, a, a.q + row * a.q_stride + head, group, q, sums)
+            attend_tokens(kv, pairs, group, a, table, lane // a.passes, max(start, first), end, q)
             first_part = simd.scalar_int32(a.row_parts + 4 * row)
             if first_part >= 0:
                 skipped = first // SPLIT_TOKENS

@@ -67,6 +67,22 @@ def dot_rows(typing, rows, k, address, stride):
 
 
 @intrinsic
+def dot_pairs(typing, rows, k, address, stride):
+    """rows[g] + the products of 16 pairs of bfloat16, of k and at address + g * stride."""
+
+    def generate(context, builder, signature, values):
+        rows, k, address, stride = values
+        k = builder.bitcast(k, emit.I32V)
+        sums = []
+        places = emit.places(builder, address, stride, signature.args[0].count)
+        for place, row in zip(places, emit.unpack(builder, rows), strict=True):
+            sums.append(_dot_native(builder, row, emit.read(builder, place, emit.I32V), k))
+        return emit.pack(builder, sums)
+
+    return rows(rows, vector, types.int64, types.int64), generate
+
+
+@intrinsic
 def mix_rows(typing, rows, v, address, stride):
     """rows[g] + v * the one float32 at address + g * stride."""
 

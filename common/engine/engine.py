@@ -105,7 +105,7 @@ class Engine:
         on_step: Callable[[list[RequestOutput]], None],
     ) -> None:
         self.config = config
-        self.runner = ModelRunner(config)
+        self.runner = _load(config)
         self._on_step = on_step
         self._connector = connector or KVConnector()
         self._scheduler = Scheduler(
@@ -403,6 +403,22 @@ class Engine:
             self._scheduler.counters["callback_failures"] += 1
             log.exception("callback_failed")
             return None
+
+
+def _load(config: EngineConfig) -> ModelRunner:
+    """A runner that was loaded on a thread of its own. Each thread that computes has OpenMP helpers
+    as long as it lives; while there are more of them than cores, all sleep between operations."""
+    loaded: Future[ModelRunner] = Future()
+
+    def load() -> None:
+        try:
+            loaded.set_result(ModelRunner(config))
+        except BaseException as error:
+            loaded.set_exception(error)
+
+    # A daemon, so that a process can end while it loads.
+    threading.Thread(target=load, name="baton-load", daemon=True).start()
+    return loaded.result()
 
 
 def scheduler_config(config: EngineConfig, runner: ModelRunner) -> SchedulerConfig:

@@ -34,6 +34,10 @@ class Unavailable(BatonError):
     """No worker can take this request now."""
 
 
+class Leaving(Unavailable):
+    """A worker that starts or ends: it is whole, and so is the request, for another one to take."""
+
+
 class DeadlineExceeded(BatonError):
     """The request's time ran out."""
 

@@ -97,6 +97,7 @@ def _gateway(plan: MeshPlan, prefill: str, decode: str, kvstore: str) -> Service
     flags = (
         *_common(plan, plan.grpc_port),
         f"--http-port={plan.http_port}",
+        "--announce-s=0",  # it has no balancer that would have to notice its end
         f"--model={plan.model}",
         f"--decode={decode}",
         *((f"--prefill={prefill}",) if prefill else ()),

@@ -9,6 +9,7 @@ from common.errors import (
     DeadlineExceeded,
     HandoffError,
     InvalidRequest,
+    Leaving,
     ModelNotFound,
     Overloaded,
     Unavailable,
@@ -102,12 +103,14 @@ def to_proto(error: BaseException) -> pb.Error:
     """An error as it travels inside a stream."""
     for kind, value in _KINDS:
         if isinstance(error, kind):
-            return pb.Error(kind=value, message=str(error))
+            return pb.Error(kind=value, message=str(error), leaving=isinstance(error, Leaving))
     return pb.Error(kind=pb.ERROR_KIND_INTERNAL, message=public_message(error))
 
 
 def from_proto(error: pb.Error) -> BatonError:
     """The BatonError that an `Error` message stands for."""
+    if error.leaving:
+        return Leaving(error.message)
     return _FROM_KIND.get(error.kind, BatonError)(error.message)
 
 

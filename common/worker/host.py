@@ -14,7 +14,7 @@ from baton.v1 import worker_pb2 as pb
 from common.engine.engine import Engine
 from common.engine.sampling_params import SamplingParams
 from common.engine.sequence import EngineRequest, RequestOutput
-from common.errors import BatonError, Unavailable
+from common.errors import BatonError, Leaving, Unavailable
 from common.faults import Faults
 from common.kv.connector import KVConnector
 from common.rpc.lifecycle import Lifecycle
@@ -122,10 +122,10 @@ class EngineHost:
         return self.status == pb.WORKER_STATUS_READY
 
     def require_ready(self) -> None:
-        """Raises Unavailable while loading or draining."""
+        """Raises Leaving while loading or draining."""
         if not self.ready:
             state = pb.WorkerStatus.Name(self.status).removeprefix("WORKER_STATUS_").lower()
-            raise Unavailable(f"worker {self.worker_id} is {state}; ask another one")
+            raise Leaving(f"worker {self.worker_id} is {state}; ask another one")
 
     def submit(self, request: EngineRequest, listener: Listener) -> None:
         """Hand a request to the engine; `listener` gets its outputs on the loop, the last one with
@@ -260,7 +260,7 @@ class EngineHost:
                 await self._idle.wait()
         except TimeoutError:
             log.warning("drain_timed_out", handed_over=len(self._listeners), seconds=deadline_s)
-            leaving = Unavailable(f"worker {self.worker_id} is leaving; ask another one")
+            leaving = Leaving(f"worker {self.worker_id} is leaving; ask another one")
             for request_id in list(self._listeners):
                 self.abort(request_id, leaving)
             with contextlib.suppress(TimeoutError):

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 
-from common.errors import DeadlineExceeded, Overloaded, Unavailable
+from common.errors import DeadlineExceeded, Overloaded
 
 
 class Admission:
@@ -20,10 +20,7 @@ class Admission:
         self.max_in_flight = max_in_flight
         self.max_queue = max_queue
         self.in_flight = 0
-        self.draining = False
         self._waiters: deque[asyncio.Future[None]] = deque()
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     @property
     def waiting(self) -> int:
@@ -33,27 +30,16 @@ class Admission:
     async def admit(self, deadline: float) -> AsyncIterator[None]:
         """Hold one place; `deadline` is time.monotonic() seconds.
 
-        Raises Overloaded, DeadlineExceeded, or Unavailable while draining.
+        Raises Overloaded or DeadlineExceeded.
         """
-        if self.draining:
-            raise Unavailable("this gateway is shutting down; send the request to another")
         if self.in_flight < self.max_in_flight and not self._waiters:
             self.in_flight += 1
         else:
             await self._wait(deadline)
-        self._idle.clear()
         try:
             yield
         finally:
             self._release()
-
-    async def wait_idle(self, timeout_s: float) -> bool:
-        """True once nothing is in flight; False after the timeout."""
-        try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
-        except TimeoutError:
-            return False
-        return True
 
     async def _wait(self, deadline: float) -> None:
         if len(self._waiters) >= self.max_queue:
@@ -83,5 +69,3 @@ class Admission:
             self._waiters.popleft().set_result(None)
             return
         self.in_flight -= 1
-        if self.in_flight == 0:
-            self._idle.set()

@@ -47,6 +47,14 @@ class GatewayConfig(ServiceSettings):
         2, ge=0, le=100, description="times that an answer goes on elsewhere after a lost worker"
     )
 
+    announce_s: float = Field(
+        5.0,
+        ge=0,
+        le=600,
+        description="seconds of --drain-s that new requests are still served after SIGTERM, while "
+        "/ready says 503; longer than a balancer takes to notice",
+    )
+
     @field_validator("prefill", "decode", "kvstore")
     @classmethod
     def _check_addresses(cls, value: str) -> str:

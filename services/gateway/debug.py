@@ -8,13 +8,14 @@ from common.errors import InvalidRequest
 from common.telemetry.tracing import Tracing
 from services.gateway.admission import Admission
 from services.gateway.fleet import Fleet
+from services.gateway.presence import Presence
 from services.gateway.worker_state import WorkerState
 
 _TRACE_ID = re.compile(r"[0-9a-fA-F]{32}")
 _TOTALS = ("running", "waiting", "tokens_waiting", "blocks_used", "open_handoffs", "open_leases")
 
 
-async def state(fleet: Fleet, admission: Admission) -> dict[str, Any]:
+async def state(fleet: Fleet, admission: Admission, presence: Presence) -> dict[str, Any]:
     """Every worker's state, asked now; the totals are all zero when nothing is served."""
     workers = await fleet.fresh_states()
     reference = fleet.reference
@@ -22,7 +23,7 @@ async def state(fleet: Fleet, admission: Admission) -> dict[str, Any]:
         "gateway": {
             "in_flight": admission.in_flight,
             "queued": admission.waiting,
-            "draining": admission.draining,
+            "draining": presence.leaving,
             "served_fingerprint": reference.fingerprint.hex() if reference else None,
         },
         "workers": [worker.as_json() for worker in workers],

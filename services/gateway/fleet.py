@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import grpc
 import structlog
@@ -90,6 +90,13 @@ class Fleet:
     def session(self, address: str) -> DecodeSession | None:
         member = self._members.get(("decode", address))
         return member.session if member is not None else None
+
+    def note_leaving(self, address: str) -> None:
+        """A decode worker said that it takes nothing: not used until a poll finds it ready."""
+        member = self._members.get(("decode", address))
+        if member is not None and member.state is not None:
+            member.state = replace(member.state, status="draining")
+            self._changed.set()
 
     def own_requests(self) -> dict[str, int]:
         """This gateway's requests on each decode worker."""

@@ -82,7 +82,7 @@ class Generator:
             choices = self._choices(request, prompts)
             generation = Generation(self, request, scope, choices, len(prompts))
             try:
-                generation.submit_all()
+                await generation.submit_all()
                 yield generation
             finally:
                 generation.close()

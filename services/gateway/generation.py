@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from baton.v1 import common_pb2, worker_pb2
 from common.engine.sequence import TokenLogprobs
-from common.errors import BatonError, Cancelled, DeadlineExceeded, Overloaded, Unavailable
+from common.errors import BatonError, Cancelled, DeadlineExceeded, Leaving, Overloaded, Unavailable
 from common.rpc.errors import from_proto
 from common.rpc.sampling import logprobs_from_proto, params_to_proto
 from common.telemetry.tracing import inject
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("gateway")
 
-# How long a request whose worker was lost waits for one to come (back) up.
-RESUME_WAIT_S = 5.0
-RESUME_RETRY_S = 0.05
+# How long a request waits where no worker is ready, or its own was lost and no other one is.
+WORKER_WAIT_S = 5.0
+WORKER_RETRY_S = 0.05
 
 _REASONS = {
     common_pb2.FINISH_REASON_STOP: "stop",
@@ -61,7 +61,8 @@ class Usage:
 @dataclass(slots=True, eq=False)
 class Choice:
     """One sequence: `keys` are its prompt's, by block size; `tokens` is what its worker gave so
-    far, `address` the worker that has it. `others` of the same prompt wait for its first token, as
+    far, `address` the worker that has it. `attempts` are its submissions after the first, `losses`
+    those of them that were not planned. `others` of the same prompt wait for its first token, as
     they begin with the KV of its prompt; `prompt_logprobs` are told of the first choice of a prompt
     only."""
 
@@ -76,6 +77,7 @@ class Choice:
     address: str = ""
     fingerprint: bytes = b""
     attempts: int = 0
+    losses: int = 0
     avoid: set[str] = field(default_factory=set)
     cached_tokens: int | None = None
     finish_reason: str | None = None
@@ -154,19 +156,21 @@ class Generation:
         """Of the choice's prompt, from its second token on; complete with the first token."""
         return self.choices[choice.index - choice.index % self.request.n].prompt_logprobs
 
-    def submit_all(self) -> None:
+    async def submit_all(self) -> None:
         """A prompt's choices after the first wait for its first token where a prefix can be found:
         it is then computed, or handed over, once. They also wait for what it tells of the prompt.
+
+        Raises Overloaded when every worker is full, Unavailable when none comes for a while.
         """
         n = self.request.n
         for start in range(0, len(self.choices), n):
             first, *others = self.choices[start : start + n]
-            self._submit(first)
+            await self._submit_soon(first)
             if any(first.keys.values()) or self.request.sampling.prompt_logprobs is not None:
                 first.others = others
             else:
                 for choice in others:
-                    self._submit(choice)
+                    await self._submit_soon(choice)
 
     async def wait_first(self) -> None:
         """Returns when there is a delta: from here on the answer is a success, so far."""
@@ -238,6 +242,13 @@ class Generation:
                 "attempt": choice.attempts,
             },
         )
+
+    async def _submit_soon(self, choice: Choice) -> None:
+        """Between two workers of a restart there may be a moment with none."""
+        try:
+            self._submit(choice)
+        except Unavailable as error:
+            await self._submit_again(choice, error)
 
     def _message(self, choice: Choice, route: Route) -> worker_pb2.Submit:
         params = replace(self.request.sampling, seed=choice.seed, max_tokens=choice.max_tokens)
@@ -346,8 +357,12 @@ class Generation:
         fleet = self._generator.fleet
         full = isinstance(error, Overloaded) and not choice.tokens
         lost = isinstance(error, Unavailable)
-        if not (full or lost) or choice.attempts >= self._generator.max_resumes:
+        if isinstance(error, Leaving):
+            fleet.note_leaving(choice.address)
+        elif not (full or lost) or choice.losses >= self._generator.max_resumes:
             raise error
+        else:
+            choice.losses += 1
         choice.avoid.add(choice.address)
         if full and all(w.address in choice.avoid for w in fleet.usable("decode")):
             raise error
@@ -361,7 +376,7 @@ class Generation:
         return None
 
     async def _submit_again(self, choice: Choice, error: BatonError) -> None:
-        end = time.monotonic() + min(RESUME_WAIT_S, max(0.0, self._scope.remaining_s))
+        end = time.monotonic() + min(WORKER_WAIT_S, max(0.0, self._scope.remaining_s))
         while True:
             await self._generator.fleet.wait_usable(max(0.0, end - time.monotonic()))
             try:
@@ -369,7 +384,7 @@ class Generation:
             except (Unavailable, Overloaded):
                 if time.monotonic() >= end:
                     raise error from None
-                await asyncio.sleep(RESUME_RETRY_S)
+                await asyncio.sleep(WORKER_RETRY_S)
             else:
                 return
 

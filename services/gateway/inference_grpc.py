@@ -18,6 +18,7 @@ from common.text.vocabulary import token_bytes
 from services.gateway.generate import Generator
 from services.gateway.generation import Choice, Delta, Generation, Usage
 from services.gateway.metrics import Metrics
+from services.gateway.presence import Presence
 from services.gateway.requests import COMPLETION_MAX_TOKENS, GenerateRequest, Prompt
 from services.gateway.scope import RequestScope, open_scope
 
@@ -33,6 +34,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         generator: Generator,
         metrics: Metrics,
         tracing: Tracing,
+        presence: Presence,
         *,
         max_body_bytes: int,
         request_timeout_s: float,
@@ -40,6 +42,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._generator = generator
         self._metrics = metrics
         self._tracing = tracing
+        self._presence = presence
         self._max_body_bytes = max_body_bytes
         self._request_timeout_s = request_timeout_s
 
@@ -174,7 +177,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         try:
             await context.send_initial_metadata(tuple(scope.headers().items()))
             self._check_size(request)
-            yield scope
+            with self._presence.busy():
+                yield scope
         except (asyncio.CancelledError, GeneratorExit):
             failure, status = Cancelled("the client went away"), grpc.StatusCode.CANCELLED
             raise

@@ -18,9 +18,11 @@ from services.gateway.admission import Admission
 from services.gateway.config import GatewayConfig
 from services.gateway.fleet import Fleet
 from services.gateway.generate import Generator, ServedModel
+from services.gateway.generation import WORKER_WAIT_S
 from services.gateway.inference_grpc import SERVICE_NAME, InferenceServicer
 from services.gateway.metrics import Metrics
 from services.gateway.openai_http import HttpFront
+from services.gateway.presence import Presence
 from services.gateway.prompts import PromptEncoder
 
 log = structlog.get_logger("gateway")
@@ -57,7 +59,16 @@ class GatewayApp:
             "max_body_bytes": config.max_body_bytes,
             "request_timeout_s": config.request_timeout_s,
         }
-        http = HttpFront(generator, self._fleet, admission, metrics, self._tracing, **limits)
+        self._presence = Presence()
+        http = HttpFront(
+            generator,
+            self._fleet,
+            admission,
+            metrics,
+            self._tracing,
+            self._presence,
+            **limits,
+        )
         # A client that leaves ends its handler at once, and with it everything under it.
         self._http = web.AppRunner(
             http.app(), access_log=None, handler_cancellation=True, shutdown_timeout=HTTP_CLOSE_S
@@ -68,11 +79,13 @@ class GatewayApp:
             config.host, config.public_grpc_port, max_message_bytes=message_bytes
         )
         self._grpc.add(
-            InferenceServicer(generator, metrics, self._tracing, **limits),
+            InferenceServicer(generator, metrics, self._tracing, self._presence, **limits),
             inference_pb2_grpc.add_InferenceServiceServicer_to_server,
             SERVICE_NAME,
         )
         self._readiness: asyncio.Task[None] | None = None
+        self._site: web.TCPSite
+        self._goodbye: asyncio.Task[None] | None = None
 
     async def startup(self) -> None:
         await self._fleet.start()
@@ -84,8 +97,9 @@ class GatewayApp:
     async def _listen_http(self) -> int:
         config = self._config
         await self._http.setup()
+        self._site = web.TCPSite(self._http, config.host, config.http_port)
         try:
-            await web.TCPSite(self._http, config.host, config.http_port).start()
+            await self._site.start()
         except OSError as error:
             raise ConfigError(
                 f"cannot listen on {config.host}:{config.http_port} ({error.strerror}); choose "
@@ -98,24 +112,46 @@ class GatewayApp:
         while True:
             while not await self._fleet.wait_usable(READY_CHECK_S):
                 log.warning("no_decode_worker", decode=self._config.decode)
+            self._presence.ready = True
             await self._grpc.set_serving()
             log.info("ready", http_port=http_port, port=grpc_port, model=self._config.model_name)
-            await self._fleet.wait_unusable()
+            await self._until_unusable()
+            self._presence.ready = False
             await self._grpc.set_not_serving()
             log.warning("not_ready", decode=self._config.decode)
 
+    async def _until_unusable(self) -> None:
+        """A moment without a worker, as between two of a restart, is bridged by the requests."""
+        while True:
+            await self._fleet.wait_unusable()
+            if not await self._fleet.wait_usable(WORKER_WAIT_S):
+                return
+
     async def drain(self, deadline_s: float) -> None:
-        self._admission.draining = True
-        if self._readiness is not None:
-            self._readiness.cancel()
+        """Say that this gateway leaves, serve until that is known, take no connection any more and
+        let end what runs."""
+        if self._readiness is None:
+            return  # the start was not over: nothing was served
+        end = time.monotonic() + deadline_s
+        self._readiness.cancel()
+        self._presence.leaving = True
         await self._grpc.set_not_serving()
-        if not await self._admission.wait_idle(deadline_s):
-            log.warning("drain_timed_out", in_flight=self._admission.in_flight)
+        await asyncio.sleep(min(self._config.announce_s, deadline_s))
+        log.info("closed", in_flight=self._admission.in_flight)
+        await self._site.stop()
+        # Tells clients by GOAWAY to call elsewhere. Not waited for: it also waits for who watches
+        # health.
+        self._goodbye = asyncio.create_task(self._grpc.stop(max(0.0, end - time.monotonic())))
+        left = await self._presence.wait_idle(max(0.0, end - time.monotonic()))
+        if left:
+            log.warning("drain_timed_out", in_flight=left)
 
     async def shutdown(self) -> None:
         if self._readiness is not None:
             self._readiness.cancel()  # a start that failed was never drained
         await asyncio.gather(self._http.cleanup(), self._grpc.stop(GRPC_CLOSE_S))
+        if self._goodbye is not None:
+            await self._goodbye
         await self._fleet.close()
         await asyncio.to_thread(self._tracing.shutdown)
 

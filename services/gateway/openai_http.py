@@ -22,6 +22,7 @@ from services.gateway.metrics import CONTENT_TYPE, Metrics
 from services.gateway.openai_format import DONE, Format, sse
 from services.gateway.openai_json import parse_json
 from services.gateway.openai_schema import ChatBody, CompletionBody, parse_chat, parse_completion
+from services.gateway.presence import Presence
 from services.gateway.requests import GenerateRequest
 from services.gateway.scope import RequestScope, open_scope
 
@@ -53,6 +54,7 @@ class HttpFront:
         admission: Admission,
         metrics: Metrics,
         tracing: Tracing,
+        presence: Presence,
         *,
         max_body_bytes: int,
         request_timeout_s: float,
@@ -62,6 +64,7 @@ class HttpFront:
         self._admission = admission
         self._metrics = metrics
         self._tracing = tracing
+        self._presence = presence
         self._max_body_bytes = max_body_bytes
         self._request_timeout_s = request_timeout_s
 
@@ -69,7 +72,7 @@ class HttpFront:
         app = web.Application(
             client_max_size=self._max_body_bytes, middlewares=[self._observe_and_answer_errors]
         )
-        app.on_response_prepare.append(_add_scope_headers)
+        app.on_response_prepare.append(self._add_headers)
         app.add_routes(
             [
                 web.get("/", self._root),
@@ -206,11 +209,12 @@ class HttpFront:
         return _json({"status": "ok"})
 
     async def _ready(self, request: web.Request) -> web.Response:
-        if self._admission.draining:
+        if self._presence.leaving:
             return _json({"status": "draining"}, status=503)
         workers = len(self._fleet.usable("decode"))
-        status = "ready" if workers else "no decode worker is ready"
-        return _json({"status": status, "decode_workers": workers}, status=200 if workers else 503)
+        ready = self._presence.ready
+        status = "ready" if ready else "no decode worker is ready"
+        return _json({"status": status, "decode_workers": workers}, status=200 if ready else 503)
 
     async def _get_metrics(self, request: web.Request) -> web.Response:
         return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
@@ -233,7 +237,7 @@ class HttpFront:
         }
 
     async def _debug_state(self, request: web.Request) -> web.Response:
-        return _json(await debug.state(self._fleet, self._admission))
+        return _json(await debug.state(self._fleet, self._admission, self._presence))
 
     async def _debug_trace(self, request: web.Request) -> web.Response:
         trace_id = debug.parse_trace_id(request.match_info["id"])
@@ -251,7 +255,8 @@ class HttpFront:
         started = time.monotonic()
         status = 499
         try:
-            response = await self._answer(request, handler)
+            with self._presence.busy():
+                response = await self._answer(request, handler)
             status = response.status
             return response
         finally:
@@ -270,9 +275,16 @@ class HttpFront:
         except Exception as error:
             _log_failure(request, error)
             headers = retry_headers(error)
-            if self._admission.draining:
-                headers["Connection"] = "close"
             return _json(error_body(error), status=http_status(error), headers=headers)
+
+    async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
+        scope = request.get(SCOPE)
+        if scope is not None:
+            response.headers.update(scope.headers())
+        if self._presence.leaving:
+            # The client's next request is for another gateway, over another connection.
+            response.headers["Connection"] = "close"
+            response.force_close()
 
 
 async def _write(
@@ -290,12 +302,6 @@ async def _write(
             await response.write(data)
     except TimeoutError as error:
         raise DeadlineExceeded("the client did not read its stream in time") from error
-
-
-async def _add_scope_headers(request: web.Request, response: web.StreamResponse) -> None:
-    scope = request.get(SCOPE)
-    if scope is not None:
-        response.headers.update(scope.headers())
 
 
 def _log_failure(request: web.Request, error: Exception) -> None:

@@ -151,7 +151,7 @@ class ChaosMesh:
             flags += [f"--prefill={self._spec('prefill')}"]
         if role == "gateway":
             flags += [f"--decode={self._spec('decode')}"]
-            flags += [f"--http-port={HTTP_PORT}"]
+            flags += [f"--http-port={HTTP_PORT}", "--announce-s=0"]
         # `ip netns exec` replaces itself, so the process is the service's own.
         command = [*self.network.inside(name), sys.executable, "-m", f"services.{role}.main"]
         log = self.folder / f"{name}.log"

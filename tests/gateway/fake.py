@@ -209,6 +209,7 @@ class GatewayProcess:
         # Reading the CA bundle, which plain HTTP has no use for, costs more than all else here.
         self.client = httpx.Client(base_url=self.url, timeout=20, verify=False)
         command = [sys.executable, "-m", "services.gateway.main", "--exit-with-parent"]
+        command += ["--announce-s=0"]  # no balancer is to notice its end
         command += ["--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)]
         command += ["--model", str(model), "--served-model-name", "m", "--decode", decode, *flags]
         self.process = subprocess.Popen(

@@ -8,6 +8,7 @@ from common.errors import (
     CheckpointError,
     DeadlineExceeded,
     InvalidRequest,
+    Leaving,
     ModelNotFound,
     Overloaded,
     RequestTooLarge,
@@ -21,6 +22,7 @@ STATUS = [
     (ModelNotFound("x"), grpc.StatusCode.NOT_FOUND),
     (Overloaded("x"), grpc.StatusCode.RESOURCE_EXHAUSTED),
     (Unavailable("x"), grpc.StatusCode.UNAVAILABLE),
+    (Leaving("x"), grpc.StatusCode.UNAVAILABLE),
     (DeadlineExceeded("x"), grpc.StatusCode.DEADLINE_EXCEEDED),
     (Cancelled("x"), grpc.StatusCode.CANCELLED),
     (CheckpointError("x"), grpc.StatusCode.INTERNAL),
@@ -34,7 +36,7 @@ def test_each_error_has_one_grpc_status(error, status):
 
 
 @pytest.mark.parametrize(
-    "kind", [InvalidRequest, Overloaded, Unavailable, DeadlineExceeded, Cancelled]
+    "kind", [InvalidRequest, Overloaded, Unavailable, Leaving, DeadlineExceeded, Cancelled]
 )
 def test_an_error_keeps_its_class_and_text_across_a_stream(kind):
     back = from_proto(to_proto(kind("why it failed")))

@@ -41,8 +41,21 @@ class Service:
 
     role: str
     port: int
-    process: subprocess.Popen[bytes]
+    command: list[str]
     log: Path
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    def start(self) -> None:
+        """Begin its process: the first, or another one after `stop`."""
+        with self.log.open("ab") as out:
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
 
     def stop(self, sig: signal.Signals = signal.SIGTERM, deadline_s: float = 40) -> int:
         if self.process.poll() is None:
@@ -59,10 +72,13 @@ class Mesh:
     prefill: int = 1
     decode: int = 1
     kvstore: int = 1
+    gateways: int = 1
     args: dict[str, list[str]] = field(default_factory=dict)
     services: list[Service] = field(default_factory=list)
     http_port: int = field(default_factory=free_port)
     grpc_port: int = field(default_factory=free_port)
+    # HTTP and gRPC of each gateway, the two above first.
+    gateway_ports: list[tuple[int, int]] = field(default_factory=list)
     # One client: building one for each poll costs more than the poll.
     _client: httpx.Client = field(default_factory=lambda: httpx.Client(verify=False, timeout=5))
 
@@ -98,7 +114,10 @@ class Mesh:
         peer_flags = ["--prefill", spec(prefills)] if prefills else []
         for port in decodes:
             self.start("decode", port, *store_flags, *peer_flags)
-        self.start_gateway(prefills, decodes, stores)
+        self.gateway_ports = [(self.http_port, self.grpc_port)]
+        self.gateway_ports += [(free_port(), free_port()) for _ in range(1, self.gateways)]
+        for ports in self.gateway_ports:
+            self._start_gateway(ports, prefills, decodes, stores)
         wait_until(self.ready, 90, f"mesh Ready (logs in {self.folder})")
 
     def start(self, role: str, port: int, *flags: str) -> Service:
@@ -106,29 +125,22 @@ class Mesh:
         model = ["--model", str(self.model)] if role != "kvstore" else []
         return self._spawn(role, port, "--port", str(port), *model, *flags)
 
-    def start_gateway(self, prefills: list[int], decodes: list[int], stores: list[int]) -> Service:
-        flags = ["--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)]
+    def _start_gateway(
+        self, ports: tuple[int, int], prefills: list[int], decodes: list[int], stores: list[int]
+    ) -> Service:
+        flags = ["--http-port", str(ports[0]), "--grpc-port", str(ports[1]), "--announce-s=0"]
         flags += ["--model", str(self.model), "--decode", spec(decodes)]
         if prefills:
             flags += ["--prefill", spec(prefills)]
         if stores:
             flags += ["--kvstore", spec(stores)]
-        return self._spawn("gateway", self.http_port, *flags)
+        return self._spawn("gateway", ports[0], *flags)
 
     def _spawn(self, role: str, port: int, *flags: str) -> Service:
-        log = self.folder / f"{role}-{port}.log"
         command = [sys.executable, "-m", f"services.{role}.main", "--host", "127.0.0.1"]
         command += ["--exit-with-parent", *flags, *self.args.get(role, [])]
-        with log.open("ab") as out:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-        service = Service(role, port, process, log)
+        service = Service(role, port, command, self.folder / f"{role}-{port}.log")
+        service.start()
         self.services.append(service)
         return service
 

@@ -234,6 +234,7 @@ async def test_sigterm_finishes_the_streams_that_run_and_refuses_new_ones(start,
         await until(draining, "decode draining")
         late = await (await session.submit([5, 6])).end()
         assert late.error.kind == common_pb2.ERROR_KIND_UNAVAILABLE
+        assert late.error.leaving
         assert "draining" in late.error.message
         await reply.end()
         assert is_greedy(model, prompt, reply.tokens, LONG)
@@ -249,6 +250,7 @@ async def test_a_drain_that_takes_too_long_tells_callers_to_go_on_elsewhere(star
         decode.process.send_signal(signal.SIGTERM)
         await reply.end(timeout_s=10)
         assert reply.error.kind == common_pb2.ERROR_KIND_UNAVAILABLE
+        assert reply.error.leaving
     assert await asyncio.to_thread(decode.process.wait, 10) == 0
 
 

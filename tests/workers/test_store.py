@@ -1,6 +1,7 @@
 """Workers with a KV store: what one computed, another loads."""
 
 import asyncio
+import signal
 
 from tests.engine.zoo import random_prompt
 from tests.kv.test_conformance import install_example
@@ -33,6 +34,34 @@ async def test_a_restarted_worker_finds_the_prefix_in_the_store(start, model):
         assert (reply.cached, reply.error) == (0, None)
         assert is_greedy(model, other, reply.tokens, 16)
     await second.idle()
+
+
+async def test_what_a_drained_worker_had_computed_is_in_the_store_when_it_is_gone(start, model):
+    store = start("kvstore")
+    prompt = random_prompt(100, 14)
+    flags = ("--kvstore", store.address, "--drain-s", "0")
+    first = start("decode", flags=flags)
+    async with GatewaySession(first.address) as session:
+        reply = await (await session.submit(prompt, max_tokens=400)).has_tokens(40)
+        first.process.send_signal(signal.SIGTERM)
+        await reply.end()
+        assert reply.error.leaving
+    assert await asyncio.to_thread(first.process.wait, 20) == 0
+    so_far = [*prompt, *reply.tokens]
+    assert 140 <= len(so_far) < 500
+    second = start("decode", flags=flags)
+
+    async def loaded():
+        return (await second.state()).load.counters["store_blocks_loaded"]
+
+    before = await loaded()  # by the warm-up
+    async with GatewaySession(second.address) as session:
+        rest = await (await session.submit(so_far, max_tokens=8)).end()
+    # Every block that was full: nothing is in it of the last token, which was not computed.
+    full_blocks = (len(so_far) - 1) // 16
+    assert rest.cached == 16 * full_blocks
+    assert await loaded() - before == full_blocks
+    assert is_greedy(model, prompt, [*reply.tokens, *rest.tokens], len(reply.tokens) + 8)
 
 
 async def test_a_connector_of_a_package_is_used_by_its_name(start, model, tmp_path, monkeypatch):

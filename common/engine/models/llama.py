@@ -99,9 +99,14 @@ class DenseDecoder:
             q = ops.write_kv(qkv, cache, index, step)  # [n, h, d]
             if self.shard.kv_is_shared:
                 group.barrier()  # what is read next, another rank may have written
-            attended = ops.attention(q, cache, index, step).flatten(1)  # [n, h * d]
-            if index == config.num_layers - 1:
-                # Nothing reads the other rows any more: a chunk that samples nothing ends here.
+            last = index == config.num_layers - 1
+            if last and not len(batch.logit_rows):
+                # A chunk that samples nothing ends here, with its KV written.
+                attended = q[:0].flatten(1)
+            else:
+                attended = ops.attention(q, cache, index, step).flatten(1)  # [n, h * d]
+            if last:
+                # Nothing reads the other rows any more.
                 rows = batch.logit_rows
                 attended, x = (ops.take(part, rows, "logit_rows") for part in (attended, x))
             delta = group.sum(layer.output(attended))

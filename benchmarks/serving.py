@@ -23,6 +23,8 @@ from pathlib import Path
 
 import httpx
 
+from baton.cli.locate import KEY_HELP, api_key, key_headers
+
 WORDS = ["river", "lamp", "stone", "cloud", "amber", "forest", "window", "bridge", "silver", "oak"]
 
 
@@ -123,12 +125,22 @@ async def gather_limited(
     return list(await asyncio.gather(*(one(job) for job in jobs)))
 
 
+async def first_model(client: httpx.AsyncClient) -> str:
+    answer = await client.get("/v1/models")
+    if answer.status_code != 200:
+        raise SystemExit(f"error: /v1/models: HTTP {answer.status_code}: {answer.text[:500]}")
+    return answer.json()["data"][0]["id"]
+
+
 async def run_endpoint(args: argparse.Namespace, prompts: list[str]) -> Report:
     limits = httpx.Limits(max_connections=args.concurrency)
     async with httpx.AsyncClient(
-        base_url=args.url, timeout=args.timeout_s, limits=limits
+        base_url=args.url,
+        timeout=args.timeout_s,
+        limits=limits,
+        headers=key_headers(api_key(args.api_key)),
     ) as client:
-        model = args.model or (await client.get("/v1/models")).json()["data"][0]["id"]
+        model = args.model or await first_model(client)
         jobs = [lambda p=p: ask(client, model, p, args.output_tokens) for p in prompts]
         start = time.perf_counter()
         timings = await gather_limited(jobs, args.concurrency)
@@ -212,6 +224,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--api-key", metavar="KEY", help=KEY_HELP)
     parser.add_argument("--model", help="default: the first one of /v1/models")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=16)

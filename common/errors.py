@@ -22,6 +22,10 @@ class RequestTooLarge(InvalidRequest):
     """The request's body is over the limit."""
 
 
+class Unauthenticated(BatonError):
+    """The caller gave no API key, or one that is not known."""
+
+
 class Overloaded(BatonError):
     """Every queue is full; try again after `retry_after_s` seconds."""
 

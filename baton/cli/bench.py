@@ -50,5 +50,7 @@ def _serve(argv: list[str]) -> int:
     try:
         runpy.run_path(str(script), run_name="__main__")
     except SystemExit as ended:
+        if isinstance(ended.code, str):  # as the interpreter does at the end of a script
+            print(ended.code, file=sys.stderr)
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     return 0

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from baton.cli.locate import endpoint
+from baton.cli.locate import KEY_HELP, api_key, endpoint
 from baton.cli.sampling import add_sampling, sampling_fields
 from baton.cli.stream import Endpoint
 from common.errors import BatonError, InvalidRequest
@@ -16,7 +16,7 @@ HELP = "Ctrl-D or /exit leaves, /reset forgets the conversation, Ctrl-C stops an
 def main(argv: list[str]) -> int:
     """A question on the command line or on a pipe is answered once; else a conversation."""
     args = _parser().parse_args(argv)
-    server = Endpoint(endpoint(args.url))
+    server = Endpoint(endpoint(args.url), api_key(args.api_key))
     try:
         chat = _Chat(server, args)
         if args.question:
@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("question", nargs="*", help="asked once; may also come on stdin")
     parser.add_argument("--url", help="endpoint (default: BATON_URL, or http://127.0.0.1:8000)")
+    parser.add_argument("--api-key", metavar="KEY", help=KEY_HELP)
     parser.add_argument("--model", help="its name there (default: the first one served)")
     parser.add_argument("--system", metavar="TEXT", help="system message")
     add_sampling(parser)

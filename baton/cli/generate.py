@@ -5,7 +5,7 @@ import json
 import sys
 import time
 
-from baton.cli.locate import endpoint, model_folder
+from baton.cli.locate import KEY_HELP, api_key, endpoint, model_folder
 from baton.cli.sampling import add_sampling, sampling_fields
 from baton.cli.stream import Endpoint
 from common.errors import InvalidRequest
@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     add("prompt", nargs="*", help="one or several; may also come on stdin")
     add("--model", metavar="PATH", help="model folder, or with --url the model's name there")
     add("--url", help="use this endpoint")
+    add("--api-key", metavar="KEY", help=f"with --url: {KEY_HELP}")
     add("--chat", action="store_true", help="send each prompt as a user's message")
     add("--dtype", default="auto", help="offline: auto, float32 or bfloat16")
     add("--quantization", help="offline: fp8 or fp8-block, quantize on load")
@@ -74,7 +75,7 @@ def _offline(args: argparse.Namespace, prompts: list[str]) -> int:
 
 
 def _online(args: argparse.Namespace, prompts: list[str]) -> int:
-    server = Endpoint(endpoint(args.url))
+    server = Endpoint(endpoint(args.url), api_key(args.api_key))
     try:
         model = args.model or server.first_model()
         for prompt in prompts:

@@ -9,6 +9,9 @@ from common.errors import ConfigError
 
 MODEL_VARIABLE = "BATON_MODEL"
 URL_VARIABLE = "BATON_URL"
+# The second one is where OpenAI's own clients look.
+KEY_VARIABLES = ("BATON_API_KEY", "OPENAI_API_KEY")
+KEY_HELP = f"key of the endpoint (default: {', then '.join(KEY_VARIABLES)})"
 DEFAULT_MODEL = "baton-tiny"
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -51,3 +54,21 @@ def endpoint(given: str | None) -> str:
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"url {url!r} does not start with http:// or https://")
     return url.removesuffix("/v1")
+
+
+def api_key(given: str | None) -> str | None:
+    """`given`, else BATON_API_KEY, else OPENAI_API_KEY, else None. Raises ConfigError for what no
+    header can carry."""
+    found = (given, *map(os.environ.get, KEY_VARIABLES))
+    key = next((text.strip() for text in found if text), None)
+    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        raise ConfigError(
+            "the API key holds spaces or characters that are not printable ASCII; see --api-key "
+            f"and {' and '.join(KEY_VARIABLES)}"
+        )
+    return key
+
+
+def key_headers(key: str | None) -> dict[str, str]:
+    """What a request to an endpoint says of its sender."""
+    return {"Authorization": f"Bearer {key}"} if key else {}

@@ -38,6 +38,7 @@ class MeshPlan:
     drain_s: float = 10.0
     log_level: str = "info"
     served_model_name: str | None = None
+    api_keys_file: Path | None = None
     # Appended to the flags of every prefill and decode worker.
     worker_flags: tuple[str, ...] = ()
 
@@ -103,5 +104,6 @@ def _gateway(plan: MeshPlan, prefill: str, decode: str, kvstore: str) -> Service
         *((f"--prefill={prefill}",) if prefill else ()),
         *((f"--kvstore={kvstore}",) if kvstore else ()),
         *((f"--served-model-name={plan.served_model_name}",) if plan.served_model_name else ()),
+        *((f"--api-keys-file={plan.api_keys_file}",) if plan.api_keys_file else ()),
     )
     return ServiceSpec("gateway", "gateway", flags, f"http://{HOST}:{plan.http_port}/ready")

@@ -8,7 +8,8 @@ from typing import Any
 
 import httpx
 
-from common.errors import BatonError, Unavailable
+from baton.cli.locate import KEY_VARIABLES, key_headers
+from common.errors import BatonError, Unauthenticated, Unavailable
 
 CONNECT_S = 5.0
 # Between two events of a stream; a long prompt on a slow machine is silent for a while.
@@ -41,13 +42,15 @@ class Speed:
 
 
 class Endpoint:
-    """An OpenAI endpoint at `url` (without /v1)."""
+    """An OpenAI endpoint at `url` (without /v1), asked with `key` where there is one."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, key: str | None = None) -> None:
         self.url = url
         timeout = httpx.Timeout(SILENCE_S, connect=CONNECT_S)
         # A proxy of the environment is for other hosts than the one that was named.
-        self._http = httpx.Client(base_url=url, timeout=timeout, trust_env=False)
+        self._http = httpx.Client(
+            base_url=url, timeout=timeout, trust_env=False, headers=key_headers(key)
+        )
 
     def close(self) -> None:
         self._http.close()
@@ -116,7 +119,10 @@ class Endpoint:
             raise Unavailable(f"{self.url}: {error}") from error
         if response.status_code != 200:
             response.read()
-            raise BatonError(f"HTTP {response.status_code}: {_reason(response)}")
+            reason = f"HTTP {response.status_code}: {_reason(response)}"
+            if response.status_code == 401:
+                raise Unauthenticated(f"{reason} (here: --api-key or {KEY_VARIABLES[0]})")
+            raise BatonError(reason)
         return response
 
 

@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", metavar="PATH", help="model folder (default: BATON_MODEL, or the bundled one)")
     add("--served-model-name", metavar="NAME", help="its name in the API (default: the folder's)")
+    add("--api-keys-file", metavar="FILE", type=Path, help="who may ask: lines of TENANT KEY")
     add("--prefill", type=int, default=1, metavar="N", help="prefill workers (default: 1)")
     add("--decode", type=int, default=1, metavar="N", help="decode workers (default: 1)")
     add("--kvstore", type=int, default=1, metavar="N", help="KV stores (default: 1)")
@@ -77,6 +78,7 @@ def _plan(args: argparse.Namespace) -> MeshPlan:
         drain_s=args.drain_s,
         log_level=args.log_level,
         served_model_name=args.served_model_name,
+        api_keys_file=args.api_keys_file,
         worker_flags=tuple(args.worker_flags),
     )
 

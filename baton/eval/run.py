@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from baton.cli.locate import KEY_HELP, api_key, key_headers
 from baton.eval import tasks
 from baton.eval.tasks import CountTokens, Question
 from common.errors import BatonError, CheckpointError, ConfigError, Unavailable
@@ -168,13 +169,11 @@ def transformers_answerer(model: Path, dtype: str) -> Answerer:
 
 
 def endpoint_answerer(
-    url: str, model: str | None, api_key: str | None, concurrency: int, timeout_s: float
+    url: str, model: str | None, key: str | None, concurrency: int, timeout_s: float
 ) -> Answerer:
     """An endpoint with /v1/chat/completions, `concurrency` requests at a time."""
     base = url.rstrip("/").removesuffix("/v1")
-    headers = {"Content-Type": "application/json"}
-    if api_key:
-        headers["Authorization"] = f"Bearer {api_key}"
+    headers = {"Content-Type": "application/json"} | key_headers(key)
     name = model or _first_model(base, headers, timeout_s)
 
     def answer_one(question: Question) -> str:
@@ -254,7 +253,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-cache-dtype", default="auto", help="of --model: auto, float32, bf16 or fp8_e4m3"
     )
     parser.add_argument("--served-name", help="the endpoint's model (default: its first)")
-    parser.add_argument("--api-key", help="sent to the endpoint as a bearer token")
+    parser.add_argument("--api-key", metavar="KEY", help=f"with --url: {KEY_HELP}")
     parser.add_argument("--concurrency", type=_positive, default=8, help="requests at a time")
     parser.add_argument(
         "--timeout", type=float, default=120.0, help="seconds for one request (default: 120)"
@@ -302,7 +301,7 @@ def answerer(args: argparse.Namespace, model: Path) -> Answerer:
     """Who answers, as the options say."""
     if args.url:
         return endpoint_answerer(
-            args.url, args.served_name, args.api_key, args.concurrency, args.timeout
+            args.url, args.served_name, api_key(args.api_key), args.concurrency, args.timeout
         )
     if args.backend == "transformers":
         return transformers_answerer(model, args.dtype)

@@ -12,6 +12,7 @@ from common.errors import (
     Leaving,
     ModelNotFound,
     Overloaded,
+    Unauthenticated,
     Unavailable,
     WireError,
 )
@@ -26,6 +27,7 @@ INTERNAL_MESSAGE = "internal error; the server's log has the details"
 _STATUS: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (ModelNotFound, grpc.StatusCode.NOT_FOUND),
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
+    (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
     (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
@@ -53,6 +55,7 @@ _FROM_KIND: dict[int, type[BatonError]] = {
 _FROM_STATUS: dict[grpc.StatusCode, type[BatonError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.NOT_FOUND: ModelNotFound,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,

@@ -27,6 +27,9 @@ class GatewayConfig(ServiceSettings):
     prefill: str = Field("", description="prefill workers, host:port[,host:port]")
     decode: str = Field("127.0.0.1:7200", description="decode workers, host:port[,host:port]")
     kvstore: str = Field("", description="KV stores, host:port[,host:port]; shown in /debug/state")
+    api_keys_file: Path | None = Field(
+        None, description="file of lines TENANT KEY; unset: no key is asked for, all share KV"
+    )
     max_body_bytes: ByteSize = Field(
         ByteSize(4 * 2**20),
         ge=1024,

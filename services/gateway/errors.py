@@ -10,6 +10,7 @@ from common.errors import (
     ModelNotFound,
     Overloaded,
     RequestTooLarge,
+    Unauthenticated,
     Unavailable,
 )
 from common.rpc.errors import public_message
@@ -20,6 +21,7 @@ _KINDS: tuple[tuple[type[BaseException], int, str, str | None], ...] = (
     (ModelNotFound, 404, "invalid_request_error", "model_not_found"),
     (RequestTooLarge, 413, "invalid_request_error", "request_too_large"),
     (InvalidRequest, 400, "invalid_request_error", None),
+    (Unauthenticated, 401, "invalid_request_error", "invalid_api_key"),
     (Overloaded, 429, "rate_limit_error", "overloaded"),
     (DeadlineExceeded, 504, "timeout_error", "deadline_exceeded"),
     (Unavailable, 503, "server_error", "unavailable"),
@@ -44,8 +46,11 @@ def error_body(error: BaseException) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": field, "code": own_code or code}}
 
 
-def retry_headers(error: BaseException) -> dict[str, str]:
-    """`Retry-After` in whole seconds, at least one, where trying again can help."""
+def error_headers(error: BaseException) -> dict[str, str]:
+    """`Retry-After` in whole seconds, at least one, where trying again can help; what a 401 has to
+    ask for."""
+    if isinstance(error, Unauthenticated):
+        return {"WWW-Authenticate": "Bearer"}
     if isinstance(error, Overloaded):
         return {"Retry-After": str(max(1, round(error.retry_after_s)))}
     if isinstance(error, Unavailable):

@@ -79,7 +79,7 @@ class Generator:
         async with self._admission.admit(scope.deadline):
             prompts = await self._tokenize(request)
             request = replace(request, sampling=self._checked(request.sampling))
-            choices = self._choices(request, prompts)
+            choices = self._choices(request, prompts, scope.tenant)
             generation = Generation(self, request, scope, choices, len(prompts))
             try:
                 await generation.submit_all()
@@ -134,7 +134,9 @@ class Generator:
                 field=field,
             )
 
-    def _choices(self, request: GenerateRequest, prompts: list[list[int]]) -> list[Choice]:
+    def _choices(
+        self, request: GenerateRequest, prompts: list[list[int]], tenant: str
+    ) -> list[Choice]:
         params = request.sampling
         seed = secrets.randbits(63) if params.seed is None else params.seed
         choices = []
@@ -146,7 +148,7 @@ class Generator:
                     f"min_tokens is {params.min_tokens}; the context has room for {max_tokens}",
                     field="min_tokens",
                 )
-            keys = self._keys(prompt)
+            keys = self._keys(prompt, tenant)
             choices += [
                 Choice(
                     index=len(choices) + i,
@@ -172,14 +174,16 @@ class Generator:
             return params
         return replace(params, bad_words=bad_word_ids(self.encoder.tokenizer, params.bad_words))
 
-    def _keys(self, prompt: list[int]) -> dict[int, list[bytes]]:
+    def _keys(self, prompt: list[int], tenant: str) -> dict[int, list[bytes]]:
         """By block size the prompt's keys, for each size that a worker has."""
         reference = self.fleet.reference
         if reference is None:
             return {}
         workers = (*self.fleet.usable("decode"), *self.fleet.usable("prefill"))
         return {
-            size: chain_keys(prompt[: MAX_AFFINITY_BLOCKS * size], size, reference.fingerprint)
+            size: chain_keys(
+                prompt[: MAX_AFFINITY_BLOCKS * size], size, reference.fingerprint, tenant
+            )
             for size in {worker.block_size for worker in workers}
         }
 

@@ -190,14 +190,17 @@ class Generation:
         usage = self.usage
         for name in ("prompt_tokens", "completion_tokens", "cached_tokens"):
             self._scope.span.set_attribute(name, getattr(usage, name))
+        self._scope.span.set_attribute("tenant", self._scope.tenant)
         self._scope.span.set_attribute("attempts", max(c.attempts for c in self.choices))
         seconds = time.monotonic() - self._scope.started_s
         reasons = [choice.finish_reason for choice in self.choices]
-        self._generator.metrics.generation_ended(usage, reasons, seconds)
+        tenant = self._scope.tenant
+        self._generator.metrics.generation_ended(usage, reasons, seconds, tenant)
         log.info(
             "request_ended",
             request=self._scope.request_id,
             route=self._scope.route,
+            tenant=tenant,
             trace_id=self._scope.headers()["x-trace-id"],
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
@@ -262,6 +265,7 @@ class Generation:
             token_ids=choice.prompt + choice.tokens,
             output_tokens=len(choice.tokens),
             sampling=params_to_proto(params),
+            tenant=self._scope.tenant,
             remaining_ms=max(1, min(2**32 - 1, int(self._scope.remaining_s * 1000))),
             # A prompt whose logits are wanted is computed where it decodes.
             prefill_candidates=route.candidates if params.prompt_logprobs is None else (),

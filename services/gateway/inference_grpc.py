@@ -21,6 +21,7 @@ from services.gateway.metrics import Metrics
 from services.gateway.presence import Presence
 from services.gateway.requests import COMPLETION_MAX_TOKENS, GenerateRequest, Prompt
 from services.gateway.scope import RequestScope, open_scope
+from services.gateway.tenants import Tenants
 
 SERVICE_NAME = "baton.v1.InferenceService"
 _REASONS = {"stop": common_pb2.FINISH_REASON_STOP, "length": common_pb2.FINISH_REASON_LENGTH}
@@ -32,6 +33,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(
         self,
         generator: Generator,
+        tenants: Tenants,
         metrics: Metrics,
         tracing: Tracing,
         presence: Presence,
@@ -40,6 +42,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         request_timeout_s: float,
     ) -> None:
         self._generator = generator
+        self._tenants = tenants
         self._metrics = metrics
         self._tracing = tracing
         self._presence = presence
@@ -49,6 +52,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def ListModels(
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListModelsResponse:
+        self._tenants.tenant_of(_metadata(context).get("authorization"))
         generator = self._generator
         model = pb.Model(id=generator.model.name, max_model_len=generator.max_model_len)
         return pb.ListModelsResponse(models=[model])
@@ -161,7 +165,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def _scope(
         self, method: str, request: Message, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[RequestScope]:
-        metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
+        metadata = _metadata(context)
         left = context.time_remaining()
         limit = self._request_timeout_s
         scope = open_scope(
@@ -176,6 +180,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         status = grpc.StatusCode.OK
         try:
             await context.send_initial_metadata(tuple(scope.headers().items()))
+            scope.tenant = self._tenants.tenant_of(metadata.get("authorization"))
             self._check_size(request)
             with self._presence.busy():
                 yield scope
@@ -195,6 +200,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             raise RequestTooLarge(
                 f"the request has {size} bytes; the limit is {self._max_body_bytes}", field="body"
             )
+
+
+def _metadata(context: grpc.aio.ServicerContext) -> dict[str, str]:
+    return {key: str(value) for key, value in context.invocation_metadata() or ()}
 
 
 def chat_request(request: pb.ChatCompletionRequest) -> GenerateRequest:

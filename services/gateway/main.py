@@ -24,6 +24,7 @@ from services.gateway.metrics import Metrics
 from services.gateway.openai_http import HttpFront
 from services.gateway.presence import Presence
 from services.gateway.prompts import PromptEncoder
+from services.gateway.tenants import read_tenants
 
 log = structlog.get_logger("gateway")
 
@@ -45,7 +46,13 @@ class GatewayApp:
             model_config.vocab_size,
         )
         self._admission = admission = Admission(config.max_in_flight, config.max_queue)
-        metrics = Metrics(self._fleet.last_states, lambda: (admission.in_flight, admission.waiting))
+        tenants = read_tenants(config.api_keys_file)
+        log.info("tenants", api_keys_file=str(config.api_keys_file), tenants=len(tenants.names))
+        metrics = Metrics(
+            self._fleet.last_states,
+            lambda: (admission.in_flight, admission.waiting),
+            tenants.names,
+        )
         generator = Generator(
             _served(config, model_config),
             PromptEncoder(config.model),
@@ -64,6 +71,7 @@ class GatewayApp:
             generator,
             self._fleet,
             admission,
+            tenants,
             metrics,
             self._tracing,
             self._presence,
@@ -79,7 +87,7 @@ class GatewayApp:
             config.host, config.public_grpc_port, max_message_bytes=message_bytes
         )
         self._grpc.add(
-            InferenceServicer(generator, metrics, self._tracing, self._presence, **limits),
+            InferenceServicer(generator, tenants, metrics, self._tracing, self._presence, **limits),
             inference_pb2_grpc.add_InferenceServiceServicer_to_server,
             SERVICE_NAME,
         )

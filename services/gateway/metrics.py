@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+_BY_TENANT = (
+    ("requests", "Ended requests that were generated for"),
+    ("prompt_tokens", "Prompt tokens of ended requests"),
+    ("generation_tokens", "Tokens generated for ended requests"),
+    ("prompt_tokens_cached", "Prompt tokens whose KV was found"),
+)
 _GAUGES = (
     ("running", "worker_requests_running", "Requests that the worker is generating"),
     ("waiting", "worker_requests_waiting", "Requests that wait at the worker"),
@@ -32,10 +38,14 @@ class Metrics:
 
     workers    the last known state of every worker, asked at each scrape
     in_flight  requests being served, and requests queued before that
+    tenants    the names that there are
     """
 
     def __init__(
-        self, workers: Callable[[], Sequence[WorkerState]], in_flight: Callable[[], tuple[int, int]]
+        self,
+        workers: Callable[[], Sequence[WorkerState]],
+        in_flight: Callable[[], tuple[int, int]],
+        tenants: Iterable[str] = (),
     ) -> None:
         self.registry = CollectorRegistry()
         self._requests = self._counter("http_requests", "HTTP requests", ("route", "status"))
@@ -52,6 +62,13 @@ class Metrics:
         self._itl = self._histogram(
             "inter_token_latency_seconds", "Between two tokens of a choice", _TOKEN_SECONDS
         )
+        self._by_tenant = {
+            name: self._counter(f"tenant_{name}", f"{text}, by tenant", ("tenant",))
+            for name, text in _BY_TENANT
+        }
+        for counter in self._by_tenant.values():
+            for tenant in tenants:
+                counter.labels(tenant)
         running = self._gauge("num_requests_running", "Requests that this gateway serves")
         running.set_function(lambda: in_flight()[0])
         waiting = self._gauge("num_requests_waiting", "Requests queued in this gateway")
@@ -75,13 +92,20 @@ class Metrics:
         self._resumes.labels("mid_stream" if mid_stream else "before_first_token").inc()
 
     def generation_ended(
-        self, usage: "Usage", reasons: Iterable[str | None], seconds: float
+        self, usage: "Usage", reasons: Iterable[str | None], seconds: float, tenant: str
     ) -> None:
-        """`reasons`: None for a choice that did not come to its end."""
+        """`reasons`: None for a choice that did not come to its end. `tenant`: one of those that
+        there are, or empty."""
         self._prompt.inc(usage.prompt_tokens)
         self._output.inc(usage.completion_tokens)
         self._cached.inc(usage.cached_tokens)
         self._e2e.observe(seconds)
+        if tenant:
+            by_tenant = {name: counter.labels(tenant) for name, counter in self._by_tenant.items()}
+            by_tenant["requests"].inc()
+            by_tenant["prompt_tokens"].inc(usage.prompt_tokens)
+            by_tenant["generation_tokens"].inc(usage.completion_tokens)
+            by_tenant["prompt_tokens_cached"].inc(usage.cached_tokens)
         for reason in reasons:
             self._ended.labels(reason or "abort").inc()
 

@@ -14,7 +14,7 @@ from common.errors import Cancelled, DeadlineExceeded, InvalidRequest, RequestTo
 from common.telemetry.tracing import Tracing
 from services.gateway import debug
 from services.gateway.admission import Admission
-from services.gateway.errors import error_body, http_status, is_ours, retry_headers
+from services.gateway.errors import error_body, error_headers, http_status, is_ours
 from services.gateway.fleet import Fleet
 from services.gateway.generate import Generator
 from services.gateway.generation import Generation
@@ -25,6 +25,7 @@ from services.gateway.openai_schema import ChatBody, CompletionBody, parse_chat,
 from services.gateway.presence import Presence
 from services.gateway.requests import GenerateRequest
 from services.gateway.scope import RequestScope, open_scope
+from services.gateway.tenants import Tenants
 
 log = structlog.get_logger("gateway.http")
 
@@ -42,6 +43,9 @@ SSE_HEADERS = {
 Body = ChatBody | CompletionBody
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 SCOPE = web.RequestKey("scope", RequestScope)
+TENANT = web.RequestKey("tenant", str)
+# What probes, scrapers and operators ask, none of which have a tenant. All else needs a key.
+KEYLESS = frozenset({"/", "/health", "/ready", "/metrics", "/debug/state"})
 
 
 class HttpFront:
@@ -52,6 +56,7 @@ class HttpFront:
         generator: Generator,
         fleet: Fleet,
         admission: Admission,
+        tenants: Tenants,
         metrics: Metrics,
         tracing: Tracing,
         presence: Presence,
@@ -62,6 +67,7 @@ class HttpFront:
         self._generator = generator
         self._fleet = fleet
         self._admission = admission
+        self._tenants = tenants
         self._metrics = metrics
         self._tracing = tracing
         self._presence = presence
@@ -108,6 +114,7 @@ class HttpFront:
             traceparent=request.headers.get("traceparent", ""),
             tracestate=request.headers.get("tracestate", ""),
         )
+        scope.tenant = request[TENANT]
         request[SCOPE] = scope
         failure: BaseException | None = None
         try:
@@ -267,6 +274,8 @@ class HttpFront:
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
+            if _route_of(request) not in KEYLESS:
+                request[TENANT] = self._tenants.tenant_of(request.headers.get("Authorization"))
             return await handler(request)
         except web.HTTPException as error:
             return _json(_plain_error(error), status=error.status, headers=_allow(error))
@@ -274,7 +283,7 @@ class HttpFront:
             raise asyncio.CancelledError from error  # the client went away: nobody to answer
         except Exception as error:
             _log_failure(request, error)
-            headers = retry_headers(error)
+            headers = error_headers(error)
             return _json(error_body(error), status=http_status(error), headers=headers)
 
     async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:

@@ -16,12 +16,13 @@ _CLIENT_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 @dataclass(slots=True)
 class RequestScope:
     """`deadline` and `started_s` are time.monotonic() seconds; `request_id` is the client's own
-    where it sent a printable one, `unique_id` is never shared."""
+    where it sent a printable one, `unique_id` is never shared. `tenant` is whose KV it may find."""
 
     route: str
     request_id: str
     deadline: float
     span: Span
+    tenant: str = ""
     unique_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     started_s: float = field(default_factory=time.monotonic)
 

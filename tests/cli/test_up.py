@@ -122,6 +122,13 @@ def test_worker_flags_after_the_dashes_reach_prefill_and_decode_only():
     assert "--threads=2" in by_role["decode"]
 
 
+def test_the_file_of_keys_is_the_gateways_alone():
+    file = MODEL / "keys"
+    plan = MeshPlan(model=MODEL, http_port=1, grpc_port=2, api_keys_file=file)
+    having = [s.role for s in specs(plan, iter(range(7100, 7200))) if str(file) in str(s.flags)]
+    assert having == ["gateway"]
+
+
 def test_every_replica_has_a_port_of_its_own_and_the_gateway_knows_all():
     plan = MeshPlan(model=MODEL, http_port=1, grpc_port=2, prefill=2, decode=3, kvstore=2)
     services = specs(plan, iter(range(7100, 7200)))

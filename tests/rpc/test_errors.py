@@ -12,6 +12,7 @@ from common.errors import (
     ModelNotFound,
     Overloaded,
     RequestTooLarge,
+    Unauthenticated,
     Unavailable,
 )
 from common.rpc.errors import from_proto, public_message, status_of, to_proto, trailing_metadata
@@ -20,6 +21,7 @@ STATUS = [
     (InvalidRequest("x"), grpc.StatusCode.INVALID_ARGUMENT),
     (RequestTooLarge("x"), grpc.StatusCode.INVALID_ARGUMENT),
     (ModelNotFound("x"), grpc.StatusCode.NOT_FOUND),
+    (Unauthenticated("x"), grpc.StatusCode.UNAUTHENTICATED),
     (Overloaded("x"), grpc.StatusCode.RESOURCE_EXHAUSTED),
     (Unavailable("x"), grpc.StatusCode.UNAVAILABLE),
     (Leaving("x"), grpc.StatusCode.UNAVAILABLE),

@@ -11,13 +11,15 @@ from typing import Any
 
 import httpx
 
-from tests.chaos.services import HTTP_PORT
+from tests.chaos.services import HTTP_PORT, TENANTS
 
 # A request may end this late after its deadline and not be called stuck.
 GRACE_S = 2.0
 TIMEOUT_S = 30.0
 SHORT_TIMEOUT_S = 0.4
 CLIENTS = 8
+# Prompts that one tenant has asked and then the other asks, when all is quiet again.
+PRIVATE_PROMPTS = 4
 # Statuses with which a mesh under faults may refuse or give up a request.
 PROPER = {429, 502, 503, 504}
 
@@ -84,11 +86,12 @@ class Load:
         gateway = rng.choice(self.addresses)
         url = f"http://{gateway}:{HTTP_PORT}/v1/completions"
         body = {**self.bodies[index], "stream": rng.random() < 0.6}
+        key = rng.choice(list(TENANTS.values()))
         timeout_s = SHORT_TIMEOUT_S if rng.random() < 0.1 else TIMEOUT_S
         leave_after = rng.randrange(1, 20) if body["stream"] and rng.random() < 0.15 else None
         began = time.monotonic()
         try:
-            outcome, text = await _answer(client, url, body, timeout_s, leave_after)
+            outcome, text = await _answer(client, url, key, body, timeout_s, leave_after)
         except httpx.TransportError as error:
             outcome, text = f"connection: {type(error).__name__}", None
         ended = time.monotonic()
@@ -112,12 +115,13 @@ class Load:
 async def _answer(
     client: httpx.AsyncClient,
     url: str,
+    key: str,
     body: dict[str, Any],
     timeout_s: float,
     leave_after: int | None,
 ) -> tuple[str, str | None]:
     """What happened, and the text (or, when it was improper, why)."""
-    headers = {"x-request-timeout-s": str(timeout_s)}
+    headers = {"x-request-timeout-s": str(timeout_s), **_bearer(key)}
     async with client.stream("POST", url, json=body, headers=headers) as answer:
         if answer.status_code != 200:
             return _refusal(answer.status_code, await answer.aread())
@@ -153,7 +157,8 @@ def _refusal(status: Any, body: bytes) -> tuple[str, str | None]:
 async def undisturbed(url: str, requests: list[dict[str, Any]]) -> list[str]:
     """The answers of a mesh that nobody disturbs."""
     limit = asyncio.Semaphore(CLIENTS)
-    async with httpx.AsyncClient(trust_env=False, timeout=120) as client:
+    headers = _bearer(next(iter(TENANTS.values())))
+    async with httpx.AsyncClient(trust_env=False, timeout=120, headers=headers) as client:
 
         async def ask(body: dict[str, Any]) -> str:
             async with limit:
@@ -161,3 +166,31 @@ async def undisturbed(url: str, requests: list[dict[str, Any]]) -> list[str]:
                 return answer.raise_for_status().json()["choices"][0]["text"]
 
         return list(await asyncio.gather(*(ask(body) for body in requests)))
+
+
+def found_of_others(urls: list[str], seed: int) -> list[str]:
+    """What one tenant finds of prompts that only the other has asked, through each gateway: all of
+    it is wrong. So is it when who asked them finds nothing, as nothing would be proved."""
+    first, second = TENANTS.values()
+    rng = random.Random(f"private {seed}")
+    wrong = []
+    with httpx.Client(trust_env=False, timeout=TIMEOUT_S) as client:
+        for number in range(PRIVATE_PROMPTS):
+            prompt = [rng.randrange(20, 500) for _ in range(400)]
+            asked = [_cached_tokens(client, url, first, prompt) for url in urls * 2]
+            if not any(asked[1:]):
+                wrong.append(f"private prompt {number}: its own tenant found {asked} tokens of it")
+            if found := _cached_tokens(client, urls[number % len(urls)], second, prompt):
+                wrong.append(f"private prompt {number}: the other tenant found {found} tokens")
+    return wrong
+
+
+def _cached_tokens(client: httpx.Client, url: str, key: str, prompt: list[int]) -> int:
+    body = {"model": "baton-tiny", "prompt": prompt, "max_tokens": 4, "temperature": 0.0}
+    answer = client.post(f"{url}/v1/completions", json=body, headers=_bearer(key))
+    usage = answer.raise_for_status().json()["usage"]
+    return usage["prompt_tokens_details"]["cached_tokens"]
+
+
+def _bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}

@@ -2,7 +2,8 @@
 
 The rules: the tokens of every completed request equal the undisturbed run's; every failed one has
 a proper error; none outlives its deadline by more than 2 s; 5 s after the last request every
-block, handoff and lease is back to zero on every worker and descriptors are where they were.
+block, handoff and lease is back to zero on every worker and descriptors are where they were; then
+a tenant that asks prompts of the other finds none of their KV.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import time
 from pathlib import Path
 
 from tests.chaos.faults import Faults
-from tests.chaos.load import Load, bodies, undisturbed
+from tests.chaos.load import Load, bodies, found_of_others, undisturbed
 from tests.chaos.network import available
 from tests.chaos.services import ChaosMesh
 
@@ -39,6 +40,8 @@ async def chaos(mesh: ChaosMesh, seed: int, faults: int) -> list[str]:
     load.stopping = True
     await asking
     wrong = load.tally.wrong + disturb.wrong + await asyncio.to_thread(_quiet, mesh, before)
+    if not wrong:
+        wrong += await asyncio.to_thread(found_of_others, mesh.urls(), seed)
     print(f"seed {seed}: {disturb.done.total()} faults in {time.monotonic() - began:.0f} s")
     print("  faults:   " + ", ".join(f"{n} {kind}" for kind, n in sorted(disturb.done.items())))
     outcomes = sorted(load.tally.outcomes.items())

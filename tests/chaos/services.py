@@ -17,6 +17,8 @@ from tests.support.mesh import ROOT, TINY, is_idle
 PORT, HTTP_PORT = 7000, 8000
 # Roles that a fault may hit; the count is how many of each there are.
 COUNTS = {"kvstore": 1, "prefill": 2, "decode": 2, "gateway": 2}
+# Both ask the same prompts: tenant and key.
+TENANTS = {"one": "key-of-one-0123456789", "two": "key-of-two-0123456789"}
 
 
 @dataclass
@@ -77,6 +79,7 @@ class ChaosMesh:
 
     def __enter__(self) -> "ChaosMesh":
         try:
+            self.keys_file.write_text("".join(f"{t} {key}\n" for t, key in TENANTS.items()))
             for role, count in COUNTS.items():
                 for index in range(count):
                     self._add(role, f"{role}-{index}")
@@ -90,6 +93,10 @@ class ChaosMesh:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def keys_file(self) -> Path:
+        return self.folder / "api-keys"
 
     def of(self, role: str) -> list[Node]:
         return [node for node in self.nodes.values() if node.role == role]
@@ -152,6 +159,7 @@ class ChaosMesh:
         if role == "gateway":
             flags += [f"--decode={self._spec('decode')}"]
             flags += [f"--http-port={HTTP_PORT}", "--announce-s=0"]
+            flags += [f"--api-keys-file={self.keys_file}"]
         # `ip netns exec` replaces itself, so the process is the service's own.
         command = [*self.network.inside(name), sys.executable, "-m", f"services.{role}.main"]
         log = self.folder / f"{name}.log"

@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed-$(EXTRAS)
 # What comes after the command: make up ARGS="--decode 2"
 ARGS ?=
 
-.PHONY: help install up test lint format protos bench chaos clean
+.PHONY: help install up test lint format protos bench chaos soak clean
 
 help:
 	@echo "make up      install, start the mesh on 127.0.0.1:8000 and :9000, Ctrl-C stops it"
@@ -20,6 +20,7 @@ help:
 	@echo "make protos  regenerate baton/v1 from protos/baton/v1"
 	@echo "make bench   benchmark the endpoint that runs (make up)"
 	@echo "make chaos   disturb a mesh under load (ARGS=\"--faults 500\"), needs root"
+	@echo "make soak    20,000 short requests, and whether memory and descriptors stay flat"
 	@echo "make gpu-check  check and measure the kernels on this machine's NVIDIA GPU"
 	@echo "make clean   remove $(VENV) and caches"
 	@echo "Variables: ARGS=\"--decode 2\", PYTHON=python3.12, VENV=.venv, EXTRAS=dev,ucx"
@@ -59,6 +60,9 @@ protos: $(STAMP)
 
 chaos: $(STAMP)
 	$(BIN)/python -m tests.chaos.run $(ARGS)
+
+soak: $(STAMP)
+	$(BIN)/python -m tests.soak.run $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/serving.py $(ARGS)

@@ -37,12 +37,13 @@ def wait_until(condition: Callable[[], Any], deadline_s: float, what: str) -> An
 
 @dataclass
 class Service:
-    """One service process. `log` is a file that takes stdout and stderr."""
+    """One service process. `log` is a file that takes stdout and stderr, `env` extra variables."""
 
     role: str
     port: int
     command: list[str]
     log: Path
+    env: dict[str, str]
     process: subprocess.Popen[bytes] = field(init=False)
 
     def start(self) -> None:
@@ -54,7 +55,7 @@ class Service:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **self.env},
             )
 
     def stop(self, sig: signal.Signals = signal.SIGTERM, deadline_s: float = 40) -> int:
@@ -65,7 +66,7 @@ class Service:
 
 @dataclass
 class Mesh:
-    """A mesh of real processes. `args` are extra flags by role."""
+    """A mesh of real processes. `args` are extra flags by role, `env` extra variables of all."""
 
     folder: Path
     model: Path = TINY
@@ -74,6 +75,7 @@ class Mesh:
     kvstore: int = 1
     gateways: int = 1
     args: dict[str, list[str]] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
     services: list[Service] = field(default_factory=list)
     http_port: int = field(default_factory=free_port)
     grpc_port: int = field(default_factory=free_port)
@@ -139,7 +141,7 @@ class Mesh:
     def _spawn(self, role: str, port: int, *flags: str) -> Service:
         command = [sys.executable, "-m", f"services.{role}.main", "--host", "127.0.0.1"]
         command += ["--exit-with-parent", *flags, *self.args.get(role, [])]
-        service = Service(role, port, command, self.folder / f"{role}-{port}.log")
+        service = Service(role, port, command, self.folder / f"{role}-{port}.log", self.env)
         service.start()
         self.services.append(service)
         return service

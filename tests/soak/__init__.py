@@ -1,0 +1,1 @@
+"""Many short requests, and whether what the services hold stays flat."""

@@ -1,6 +1,9 @@
 """Packed matrices multiply as float64 does, whichever candidate a machine takes."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ import torch
 from common.engine.kernels.cpu import linear, matmul, tiles
 from common.engine.kernels.cpu.ops import CpuOps
 from common.engine.weight import Weight
+from tests.support.mesh import ROOT
 
 torch.set_num_threads(1)
 
@@ -76,3 +80,27 @@ def test_a_nan_in_a_row_stays_in_that_row():
     out = CpuOps().linear(Weight(torch.randn(80, 96)), None)(x)
     assert out[1].isnan().all()
     assert out[[0, 2]].isfinite().all()
+
+
+PRODUCTS = """
+import os
+import baton, torch
+from common.engine.kernels.cpu.linear import OneDnnLinear
+from tests.soak.flat import sample
+torch.set_num_threads(1)
+linear = OneDnnLinear(torch.randn(256, 256).bfloat16(), None)
+def held(rows):
+    for count in rows:
+        linear(torch.randn(count, 256).bfloat16())
+    return sample(os.getpid()).rss_bytes
+print(-held(range(1, 129)) + held(range(129, 641)))
+"""
+
+
+def test_products_of_ever_more_numbers_of_rows_keep_a_limited_memory():
+    caches = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    env = {name: value for name, value in os.environ.items() if name not in caches}
+    command = [sys.executable, "-c", PRODUCTS]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    # With the libraries' own limits it is 330 MiB.
+    assert int(done.stdout) < 100 * 2**20

@@ -65,15 +65,6 @@ def load_queries(io, a, source, count, q, sums):
 
 
 @simd.part
-def fetch_tile(kv, a, k):
-    """Has the caches fetch the tile of K at k, and V's: the pages of a sequence lie anywhere."""
-    v = k + a.block_heads * a.block_size * a.head_dim * simd.size(kv)
-    for i in range(0, TILE_TOKENS * a.head_dim * simd.size(kv), 64):
-        simd.prefetch(k + i)
-        simd.prefetch(v + i)
-
-
-@simd.part
 def copy_queries(a, source, count, q, sums):
     """The same in pairs of bfloat16: as they are, not scaled."""
     for i in range(0, 2 * count * a.head_dim, 64):
@@ -83,10 +74,13 @@ def copy_queries(a, source, count, q, sums):
 
 
 @simd.part
-def multiply_keys(kv, pairs, group, a, k, count, q, products):
-    """Of `count` tokens and each head 16 numbers whose sum is the score."""
-    row_bytes = 4 * a.head_dim
+def multiply_keys(kv, pairs, group, a, k, count, q, products, ahead):
+    """Of `count` tokens and each head 16 numbers whose sum is the score. Meanwhile the caches fetch
+    the tile of K at `ahead`, a little at a time, so that no load waits behind it."""
+    row_bytes, token_bytes = 4 * a.head_dim, a.head_dim * simd.size(kv)
     for t in range(count):
+        for i in range(t * token_bytes, (t + 1) * token_bytes, 64):
+            simd.prefetch(ahead + i)
         rows = tiles.zero_rows(group)
         if pairs:
             for c in range(0, 2 * a.head_dim, 64):
@@ -134,12 +128,13 @@ def soften(kv, pairs, group, a, scale, count, products, weights, sums, maxima, t
 
 
 @simd.part
-def add_values(kv, group, a, v, count, weights, sums):
-    """Adds `count` tokens of V, weighted."""
-    row_bytes = 4 * a.head_dim
+def add_values(kv, group, a, v, count, weights, sums, ahead):
+    """Adds `count` tokens of V, weighted, and has the tile at `ahead` fetched."""
+    row_bytes, token_bytes = 4 * a.head_dim, a.head_dim * simd.size(kv)
     for c in range(0, a.head_dim, 16):
         rows = tiles.load_rows(group, sums + 4 * c, row_bytes)
         for t in range(count):
+            simd.prefetch(ahead + t * token_bytes + c * simd.size(kv))
             x = simd.load(kv, v + (t * a.head_dim + c) * simd.size(kv))
             rows = tiles.mix_rows(rows, x, weights + 4 * t, 64)
         tiles.store_rows(rows, sums + 4 * c, row_bytes)
@@ -164,14 +159,16 @@ def attend_tokens(kv, pairs, group, a, table, kv_head, start, end, q):
         stop = min(token - token % TILE_TOKENS + TILE_TOKENS, end, token + a.block_size - inside)
         block = simd.scalar_int32(table + 4 * (token // a.block_size)) * a.block_bytes
         k = keys + block + inside * token_bytes
+        ahead = k
         if stop < end:
             ahead = simd.scalar_int32(table + 4 * (stop // a.block_size)) * a.block_bytes
-            fetch_tile(kv, a, keys + ahead + stop % a.block_size * token_bytes)
+            ahead += keys + stop % a.block_size * token_bytes
         scale = a.scales + block + 4 * (kv_head * a.block_size + inside)
         count = stop - token
-        multiply_keys(kv, pairs, group, a, k, count, q, products)
+        multiply_keys(kv, pairs, group, a, k, count, q, products, ahead)
         soften(kv, pairs, group, a, scale, count, products, weights, sums, maxima, maxima + 64)
-        add_values(kv, group, a, k + a.block_heads * head_bytes, count, weights, sums)
+        to_v = a.block_heads * head_bytes
+        add_values(kv, group, a, k + to_v, count, weights, sums, ahead + to_v)
         token = stop
 
 

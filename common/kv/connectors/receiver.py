@@ -23,7 +23,7 @@ from common.kv.connector import KVCaches, KVConnector
 from common.kv.connectors.pages import write_layers
 from common.kv.connectors.peers import Peers
 from common.kv.connectors.prefill_call import GrpcPrefill, PrefillClient
-from common.kv.connectors.transfer import CallEnded, Corrupt, Frame, Transfer
+from common.kv.connectors.transfer import CallEnded, Corrupt, Frame, Inbox, Transfer
 from common.kv.handoff import (
     Accept,
     HandoffPolicy,
@@ -107,7 +107,7 @@ class HandoffReceiver(KVConnector):
         self._to_start: list[Transfer] = []
         self._transfers: dict[bytes, Transfer] = {}
         self._by_request: dict[str, Transfer] = {}
-        self._inbox: collections.deque[Frame | Corrupt | CallEnded] = collections.deque()
+        self._inbox: Inbox | None = None
         self._done: set[str] = set()
         self._cached_tokens: dict[str, int] = {}
         self._failed_blocks: set[int] = set()
@@ -148,18 +148,16 @@ class HandoffReceiver(KVConnector):
 
     async def _on_frame(self, frame: memoryview) -> int:
         """Verify a frame here, off the engine's thread; the engine decides where it goes."""
-        caches = self._caches
-        if caches is None:
+        inbox = self._inbox
+        if inbox is None:
             return Verdict.UNKNOWN_HANDOFF
         try:
             envelope, block = decode_handoff_frame(frame)
         except WireError as error:
-            self._inbox.append(Corrupt(str(error)))
-            caches.wake()
+            inbox.put(Corrupt(str(error)))
             return Verdict.CORRUPT
         verdict = asyncio.get_running_loop().create_future()
-        self._inbox.append(Frame(envelope, block, verdict))
-        caches.wake()
+        inbox.put_frame(Frame(envelope, block, verdict))
         return await verdict
 
     async def _tick(self) -> None:
@@ -280,18 +278,14 @@ class HandoffReceiver(KVConnector):
     # Worker side --------------------------------------------------------------------------
 
     def register_kv_caches(self, caches: KVCaches) -> None:
-        self._table = HandoffTable(
-            self._incarnation,
-            caches.layout,
-            self._policy.stall_timeout_s,
-        )
+        self._table = HandoffTable(self._incarnation, caches.layout, self._policy.stall_timeout_s)
         self._caches = caches
+        self._inbox = Inbox(caches.layout.num_layers, caches.wake)
 
     def get_finished(self, finished_request_ids: set[str]) -> tuple[set[str], set[str]]:
         verdicts: list[tuple[asyncio.Future[int], int]] = []
-        # Only what is here now: frames that keep coming must not hold the engine's turn.
-        for _ in range(len(self._inbox)):
-            match self._inbox.popleft():
+        for item in _registered(self._inbox).take():
+            match item:
                 case Frame() as frame:
                     verdicts.append((frame.verdict, self._land(frame)))
                 case Corrupt(reason):
@@ -380,8 +374,7 @@ class HandoffReceiver(KVConnector):
     def _call_ended(self, handoff_id: bytes, generation: int, call: "Future[Any]") -> None:
         """On the loop, or on the thread that cancelled the call."""
         error = HandoffError("the call was cancelled") if call.cancelled() else call.exception()
-        self._inbox.append(CallEnded(handoff_id, generation, error))
-        self._need_caches().wake()
+        _registered(self._inbox).put(CallEnded(handoff_id, generation, error))
 
     def _on_call_ended(
         self, handoff_id: bytes, generation: int, error: BaseException | None

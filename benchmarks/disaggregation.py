@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import random
+import secrets
 import statistics
 import subprocess
 import sys
@@ -45,9 +46,10 @@ STREAMS = 4
 
 @dataclass
 class Reply:
-    """When the tokens of a request came; monotonic seconds."""
+    """When the tokens of a request came; monotonic seconds. `trace` is its trace id, 16 bytes."""
 
     sent: float
+    trace: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     times: list[float] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -92,6 +94,7 @@ class Session:
             ),
             remaining_ms=600_000,
             prefill_candidates=[self._prefill] if remote else [],
+            traceparent=f"00-{reply.trace.hex()}-{secrets.token_hex(8)}-01",
         )
         await self._call.write(worker_pb2.SessionRequest(submit=submit))
         return name, reply
@@ -120,18 +123,20 @@ class Session:
 
 @contextmanager
 def worker(role: str, model: Path, folder: Path, *flags: str) -> Iterator[str]:
-    """A worker process; its address once it serves."""
-    address = f"127.0.0.1:{any_free()}"
+    """A worker process, with half of the cores unless `flags` say otherwise; its address once it
+    serves."""
+    port = any_free()
+    address, name = f"127.0.0.1:{port}", f"{role}-{port}.log"
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    command = [sys.executable, "-m", f"services.{role}.main", f"--port={address.split(':')[1]}"]
+    command = [sys.executable, "-m", f"services.{role}.main", f"--port={port}"]
     command += [f"--model={model}", f"--threads={threads}", "--exit-with-parent", *flags]
-    with (folder / f"{role}.log").open("wb") as log:
+    with (folder / name).open("wb") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     try:
         end = time.monotonic() + START_S
         while (failure := probe(address, 1.0)) is not None:
             if process.poll() is not None or time.monotonic() > end:
-                text = (folder / f"{role}.log").read_text(errors="replace")[-2000:]
+                text = (folder / name).read_text(errors="replace")[-2000:]
                 raise SystemExit(f"error: {role} worker does not serve ({failure}):\n{text}")
             time.sleep(0.1)
         yield address

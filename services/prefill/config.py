@@ -12,3 +12,8 @@ class PrefillConfig(WorkerSettings):
     max_staged_bytes: ByteSize = Field(
         ByteSize(256 * 2**20), description="memory for KV that waits to be sent"
     )
+    layer_wise: bool = Field(
+        True,
+        description="send the KV of each layer while the next one computes; off: all of it once "
+        "the prompt is computed",
+    )

@@ -36,6 +36,7 @@ class PrefillApp:
             on_failure=self._host.abort_soon,
             transport=with_faults(DataPlane(config.transport_names), self._host.faults),
             tracing=self._tracing,
+            layer_wise=config.layer_wise,
         )
         self._host.data_links = self._sender.links
         meetings = Meetings(self._host.model_card, self._probe)

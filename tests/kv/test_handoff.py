@@ -24,6 +24,7 @@ POLICY = HandoffPolicy(min_tokens=8, lease_s=10.0, stall_timeout_s=5.0)
 def one_layer_a_frame(monkeypatch):
     """As with a big model, whose layers are over the size up to which they go together."""
     monkeypatch.setattr(sender, "MIN_FRAME_BYTES", 1)
+    monkeypatch.setattr(sender, "EARLY_FRAME_BYTES", 1)
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -119,11 +120,35 @@ def test_a_layer_leaves_while_the_next_ones_are_computed(prefill, decode):
     assert decode.computed_tokens == 1
 
 
+def test_a_sender_that_is_not_layer_wise_sends_when_the_whole_prompt_is_computed(decode):
+    prefill = PrefillWorker(step_tokens=32)
+    prefill.sender._layer_wise = False
+    staged = []
+    prefill.worker.on_layer = lambda layer: staged.append(prefill.sender._staged_bytes)
+    decode.submit("r", prompt_of(100), transfer=from_(prefill))
+    decode.run("r")
+    assert decode.computed_tokens == 1
+    assert staged == [0] * LAYOUT.num_layers * 4
+    until(prefill.worker.idle)
+    prefill.stop()
+
+
 def test_small_layers_share_a_frame(prefill, decode, monkeypatch):
     monkeypatch.setattr(sender, "MIN_FRAME_BYTES", 7 * LAYOUT.layer_bytes)
     decode.submit("r", prompt_of(65), transfer=from_(prefill))
     decode.run("r")
     until(lambda: _count(prefill.worker).get("handoff_frames_sent") == 2)
+
+
+def test_layers_of_a_step_before_the_last_go_together(decode, monkeypatch):
+    monkeypatch.setattr(sender, "EARLY_FRAME_BYTES", LAYOUT.block_bytes * 100)
+    prefill = PrefillWorker(step_tokens=32)
+    decode.submit("r", prompt_of(97), transfer=from_(prefill))
+    decode.run("r")
+    assert decode.computed_tokens == 1
+    frames = 2 + LAYOUT.num_layers  # of three steps
+    until(lambda: _count(prefill.worker).get("handoff_frames_sent") == frames)
+    prefill.stop()
 
 
 def test_big_chunks_are_split_into_frames_of_the_largest_size(prefill, decode, monkeypatch):

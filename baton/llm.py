@@ -71,6 +71,7 @@ class LLM:
     threads           torch threads; None: torch's choice
     tensor_parallel_size  processes that compute together, this one among them
     batch_invariant   results do not depend, to the bit, on the rest of a step; slower
+    rotate_qk         multiply Q and K by a Hadamard matrix: more exact FP8 KV where K has outliers
 
     Raises CheckpointError or ConfigError for what cannot be served.
     """
@@ -97,6 +98,7 @@ class LLM:
         threads: int | None = None,
         tensor_parallel_size: int = 1,
         batch_invariant: bool = False,
+        rotate_qk: bool = False,
     ) -> None:
         _log_to_stderr()
         self.config = EngineConfig(
@@ -119,6 +121,7 @@ class LLM:
             threads=threads,
             tensor_parallel=tensor_parallel_size,
             batch_invariant=batch_invariant,
+            rotate_qk=rotate_qk,
         )
         self.seed = seed
         self.tokenizer = load_tokenizer(self.config.model)

@@ -1,6 +1,6 @@
 """What FP8 costs in accuracy: the table of docs/accuracy.md.
 
-    python benchmarks/accuracy.py [--questions 50]
+    python benchmarks/accuracy.py [--questions 50] [--only TEXT]
 
 Exact match: `baton eval`'s questions, answered greedily by models/baton-tiny. KL divergence: of the
 next-token distributions from those of the unquantized float32 model by transformers, in millinats
@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -51,7 +52,7 @@ class Row:
     kv: str
     scheme: str | None = None
     static_kv: bool = False
-    settings: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 ROWS = [
@@ -60,6 +61,7 @@ ROWS = [
     Row("fp8-block (also on load)", "bf16", settings={"quantization": "fp8-block"}),
     Row("fp8-static", "bf16", "fp8-static"),
     Row("bf16", "fp8_e4m3"),
+    Row("bf16", "fp8_e4m3, Q and K rotated", settings={"rotate_qk": True}),
     Row("fp8 (on load), fp8-dynamic", "fp8_e4m3", settings={"quantization": "fp8"}),
     Row("fp8-block (also on load)", "fp8_e4m3", settings={"quantization": "fp8-block"}),
     Row("fp8-static", "fp8_e4m3", "fp8-static"),
@@ -145,7 +147,7 @@ def answers(questions: Sequence[Question]) -> list[Text]:
     return texts
 
 
-def measure(count: int) -> Iterator[tuple[Row, Result]]:
+def measure(count: int, rows: Sequence[Row]) -> Iterator[tuple[Row, Result]]:
     tokens = evaluation.token_counter(TINY)
     encode = evaluation.prompt_encoder(TINY)
     questions = evaluation.make_questions(count, 1, tokens)
@@ -153,7 +155,7 @@ def measure(count: int) -> Iterator[tuple[Row, Result]]:
     texts = answers(evaluation.make_questions(TINY_QUESTIONS, CALIBRATION_SEED + 1, tokens))
     with tempfile.TemporaryDirectory(prefix="baton-accuracy-") as name:
         base = Path(name)
-        for row in ROWS:
+        for row in rows:
             folder = folder_of(row, TINY, calibration, base)
             answer = evaluation.engine_answerer(
                 folder, "bfloat16", kv_cache_dtype=row.kv.split(",")[0], **row.settings
@@ -167,13 +169,15 @@ def measure(count: int) -> Iterator[tuple[Row, Result]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--questions", type=int, default=50, help="of each of 12 kinds")
-    count = parser.parse_args().questions
+    parser.add_argument("--only", default="", help="rows with this in their text, and bf16's")
+    options = parser.parse_args()
+    rows = [ROWS[0], *(row for row in ROWS[1:] if options.only in f"{row.name} | {row.kv}")]
     began = time.monotonic()
     print("| weights and activations | KV cache | correct | exact match | of bf16's "
           "| KL, baton-tiny | KL, random weights |")  # fmt: skip
     print("|---|---|---:|---:|---:|---:|---:|")
     base = None
-    for row, result in measure(count):
+    for row, result in measure(options.questions, rows):
         base = base or result.correct
         print(
             f"| {row.name} | {row.kv} | {result.correct} / {result.questions} "

@@ -288,6 +288,8 @@ class EngineConfig:
     batch_invariant         what is computed for a token depends, to the bit, on the tokens before
                             it alone: not on the rest of the step, nor on how prompts were cut;
                             slower
+    rotate_qk               multiply Q and K by a Hadamard matrix: FP8 KV of a model whose K has
+                            outliers is then more exact. Head sizes that are a power of two
 
     Raises ConfigError, naming the setting, for a value that cannot work.
     """
@@ -310,6 +312,7 @@ class EngineConfig:
     threads: int | None = None
     tensor_parallel: int = 1
     batch_invariant: bool = False
+    rotate_qk: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", Path(self.model))

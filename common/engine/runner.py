@@ -14,7 +14,7 @@ from common.engine.cache import KVCache, shared_memory
 from common.engine.checkpoint import Checkpoint
 from common.engine.config import EngineConfig, ModelConfig
 from common.engine.graphs import DecodeGraphs, StaticBatch, bucket_sizes, warm_up
-from common.engine.kernels import check_batch_invariant, select_ops
+from common.engine.kernels import check_batch_invariant, check_rotate_qk, select_ops
 from common.engine.kernels.reference import ReferenceOps
 from common.engine.models import load_model
 from common.engine.parallel.group import Group
@@ -101,10 +101,17 @@ class ModelRunner:
 
     def _load(self, dtype: torch.dtype) -> None:
         model = self.model_config
-        self._ops = select_ops(self.device, self.config.kernels, self.config.batch_invariant)
-        if self.config.batch_invariant and self.device.type == "cpu":
+        config = self.config
+        self._ops = select_ops(
+            self.device, config.kernels, config.batch_invariant, config.rotate_qk
+        )
+        if config.batch_invariant and self.device.type == "cpu":
             check_batch_invariant(model.head_dim)
-        with Checkpoint(self.config.model) as checkpoint:
+        with Checkpoint(config.model) as checkpoint:
+            static_scales = read_kv_scales(checkpoint, model)
+            if config.rotate_qk:
+                static = static_scales is not None and self.layout.scale_elements > 0
+                check_rotate_qk(self._ops, model.head_dim, static)
             self._model = load_model(
                 model,
                 checkpoint,
@@ -115,11 +122,14 @@ class ModelRunner:
                 shard=self.shard,
                 group=self._group,
             )
-            static_scales = read_kv_scales(checkpoint, model)
             # Only rank 0 gives keys to blocks; hashing all weights on each would be in vain.
             digest = checkpoint.digest() if self.shard.rank == 0 else b""
         self.fingerprint = fingerprint(
-            digest, model, self.layout, batch_invariant=self.config.batch_invariant
+            digest,
+            model,
+            self.layout,
+            batch_invariant=config.batch_invariant,
+            rotate_qk=config.rotate_qk,
         )
         self._cache = KVCache(
             self.layout,
@@ -353,7 +363,12 @@ def plan_cache(config: EngineConfig, model: ModelConfig, layout: KVLayout) -> tu
 
 
 def fingerprint(
-    weights: bytes, model: ModelConfig, layout: KVLayout, *, batch_invariant: bool = False
+    weights: bytes,
+    model: ModelConfig,
+    layout: KVLayout,
+    *,
+    batch_invariant: bool = False,
+    rotate_qk: bool = False,
 ) -> bytes:
     """16 bytes that two workers share exactly when their KV is interchangeable."""
     settings = {
@@ -367,6 +382,8 @@ def fingerprint(
     }
     if batch_invariant:  # other KV differs in its last bits
         settings["batch_invariant"] = True
+    if rotate_qk:
+        settings["rotate_qk"] = True
     encoded = json.dumps(settings, sort_keys=True).encode()
     return blake2b(weights + encoded, digest_size=16).digest()
 

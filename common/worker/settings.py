@@ -66,6 +66,10 @@ class WorkerSettings(ServiceSettings):
     batch_invariant: bool = Field(
         False, description="results do not depend, to the bit, on the rest of a step; slower"
     )
+    rotate_qk: bool = Field(
+        False,
+        description="multiply Q and K by a Hadamard matrix: more exact FP8 KV where K has outliers",
+    )
 
     @field_validator("kvstore")
     @classmethod
@@ -124,6 +128,7 @@ class WorkerSettings(ServiceSettings):
             threads=self.threads,
             tensor_parallel=self.tensor_parallel,
             batch_invariant=self.batch_invariant,
+            rotate_qk=self.rotate_qk,
         )
 
 

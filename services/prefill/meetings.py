@@ -18,8 +18,8 @@ log = structlog.get_logger("prefill")
 MAX_TEXT = 256
 MAX_MET = 512
 REMEDY = (
-    "KV is handed over only between workers of the same version, with the same model and "
-    "--kv-dtype, where one's --block-size divides the other's"
+    "KV is handed over only between workers of the same version, with the same model, --kv-dtype, "
+    "--quantization, --batch-invariant and --rotate-qk, of whose --block-size one divides the other"
 )
 
 

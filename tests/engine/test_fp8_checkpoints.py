@@ -320,6 +320,9 @@ def test_a_checkpoint_that_asks_for_fp8_kv_gets_it_unless_told_otherwise(made, t
     assert asked.layout.kv_dtype == "fp8_e4m3"
     assert asked._cache.static_scales.shape == (3, 2, 2)
     assert load(path, kv_dtype="bf16").layout.kv_dtype == "bf16"
+    with pytest.raises(ConfigError, match="static scales of a K that is not rotated; leave rotate"):
+        load(path, rotate_qk=True)
+    assert load(path, kv_dtype="bf16", rotate_qk=True).layout.kv_dtype == "bf16"
 
 
 def test_kv_scales_of_some_layers_only_are_refused(made, tmp_path):

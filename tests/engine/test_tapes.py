@@ -12,6 +12,8 @@ CASES = {
     "float32": ("llama", {"dtype": "float32"}),
     "bfloat16": ("llama_bias", {"dtype": "bfloat16"}),
     "windows": ("qwen2_window", {"dtype": "bfloat16"}),
+    "qk norm": ("qwen3", {"dtype": "bfloat16"}),
+    "rotated": ("llama", {"dtype": "bfloat16", "kv_dtype": "fp8_e4m3", "rotate_qk": True}),
     "fp8 kv": ("llama", {"dtype": "bfloat16", "kv_dtype": "fp8_e4m3"}),
     "batch invariant": ("llama", {"dtype": "bfloat16", "batch_invariant": True}),
 }

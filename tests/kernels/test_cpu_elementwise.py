@@ -58,12 +58,18 @@ def test_nan_and_infinity_are_not_swallowed(dtype):
     assert CpuOps().silu_mul(x, None)[0, 3].isinf()
 
 
-def written(ops, cache, qkv, batch, rope):
+def written(ops, cache, qkv, batch, rope, qk_norm=None):
     step = ops.prepare(
         batch, cache, qkv.shape[1] - 2 * cache.layout.num_kv_heads, (None,) * 2, rope
     )
     assert isinstance(step, Step) == isinstance(ops, CpuOps)
-    return ops.write_kv(qkv.clone(), cache, 1, step)
+    return ops.write_kv(qkv.clone(), cache, 1, step, qk_norm)
+
+
+def random_rope(head_dim):
+    angle = torch.randn(32, head_dim // 2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
@@ -73,9 +79,7 @@ def test_turned_keys_and_values_land_where_the_reference_puts_them(dtype, kv_dty
     layout = KVLayout(2, 2, head_dim, 8, kv_dtype)
     rows = [([0] * 11, 3, [5, 1]), ([0], 20, [2, 6, 4])]
     batch = make_batch(rows, 8)
-    angle = torch.randn(32, head_dim // 2)
-    cos, sin = angle.cos(), angle.sin()
-    rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    rope = random_rope(head_dim)
     qkv = torch.randn(12, 6 + 4, head_dim).to(dtype)
     caches = [KVCache(layout, 7, torch.device("cpu")) for _ in range(2)]
     want, got = (
@@ -92,6 +96,31 @@ def test_turned_keys_and_values_land_where_the_reference_puts_them(dtype, kv_dty
     want, got = (cache.scales[1] for cache in caches)
     assert torch.equal(got[values], want[values])
     close(got, want, torch.float32)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_q_and_k_are_normed_turned_and_rotated_as_in_float64(dtype, rotate, head_dim):
+    cache = KVCache(KVLayout(2, 2, head_dim, 8, "float32"), 7, torch.device("cpu"))
+    batch = make_batch([([0] * 11, 3, [5, 1]), ([0], 20, [2, 6, 4])], 8)
+    cos, sin = random_rope(head_dim)
+    qkv = torch.randn(12, 6 + 4, head_dim).mul_(3).to(dtype)
+    weight = (torch.rand(8, head_dim) + 0.5).to(dtype)
+    got = written(CpuOps(rotate_qk=rotate), cache, qkv, batch, (cos, sin), (weight, 1e-5))
+
+    x = qkv[:, :8].double()
+    x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    at = [table[batch.positions].unsqueeze(1).double() for table in (cos, sin)]
+    x = x * at[0] + torch.roll(x, head_dim // 2, -1) * at[1]
+    if rotate:
+        signs = [[(-1.0) ** (i & j).bit_count() for j in range(head_dim)] for i in range(head_dim)]
+        x = x @ torch.tensor(signs).double() / head_dim**0.5
+    close(got.double(), x[:, :6], dtype)
+    block, offset = batch.slot_mapping // 8, batch.slot_mapping % 8
+    k, v = cache.payload[1][block, :, :, offset].double().unbind(1)
+    close(k, x[:, 6:], dtype)
+    assert torch.equal(v, qkv[:, 8:].double())
 
 
 def test_fp8_bytes_and_scales_are_bitwise_the_reference_quantizers():

@@ -99,7 +99,7 @@ def test_qk_norm_is_fused_before_the_turn(kv):
     assert torch.equal(pages.payload[:, 1].float(), twin.payload[:, 1].float())
 
 
-@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("d", [32, 64, 128, 256])
 def test_rotated_q_and_k_are_their_products_with_sylvesters_matrix(d):
     generator = torch.Generator().manual_seed(d)
     qkv = torch.randn(3, 6, d, generator=generator).to(torch.float16)

@@ -45,12 +45,6 @@ def test_the_sum_with_the_residual_is_rounded_as_written_and_then_normed():
     assert_rounded(normed, norm64(total, weight))
 
 
-def test_each_head_of_a_slice_has_its_own_weight():
-    qkv = random_rows(3, 5 * 64).view(3, 5, 64)
-    weight = weight_of(4, 64)
-    assert_rounded(rms_norm(qkv[:, :4], weight, EPS), norm64(qkv[:, :4], weight))
-
-
 @pytest.mark.parametrize("activation", FUSED)
 @pytest.mark.parametrize("d", [128, 200, 1024])
 def test_quantizing_within_the_norm_gives_what_quantizing_after_it_gives(activation, d):

@@ -42,6 +42,16 @@ async def test_disaggregated_tokens_equal_those_of_transformers(prefill, decode,
     assert await sent_blocks(prefill) - before == sum(-(-(len(p) - 1) // 16) for p in prompts)
 
 
+async def test_rotated_kv_is_handed_over_between_workers_that_both_rotate(start, model):
+    prefill, decode = start("prefill", "decode", flags=("--rotate-qk",))
+    prompt = random_prompt(300, seed=1006)
+    async with GatewaySession(decode.address) as session:
+        reply = await (await session.submit(prompt, candidates=[prefill.address])).end()
+    assert reply.error is None
+    assert is_greedy(model, prompt, reply.tokens, 16)
+    assert await sent_blocks(prefill) == 19
+
+
 async def failures(decode):
     return (await decode.idle()).load.counters.get("handoffs_failed", 0)
 
@@ -198,18 +208,19 @@ async def test_a_cancelled_request_stops_the_prefill_worker_too(start, decode):
         await asyncio.gather(prefill.idle(1.0), decode.idle(1.0))
 
 
-@pytest.mark.parametrize("kind", ["weights", "kv_dtype", "block_size"])
+@pytest.mark.parametrize("kind", ["weights", "kv_dtype", "block_size", "rotate_qk"])
 async def test_workers_that_do_not_fit_each_other_share_no_kv(start, model, kind):
     flags = {
         "weights": (),
         "kv_dtype": ("--kv-dtype", "bf16"),
         "block_size": ("--block-size", "24"),  # of 16 and 24 none divides the other
+        "rotate_qk": ("--rotate-qk",),
     }
     other = checkpoint("llama", True) if kind == "weights" else model
     prefill = start("prefill", flags=flags[kind], model=other)
     decode = start("decode", flags=("--prefill", prefill.address))  # Ready though alone
     own, theirs = await decode.state(), await prefill.state()
-    field = "fingerprint" if kind == "weights" else kind
+    field = "fingerprint" if kind in ("weights", "rotate_qk") else kind
     (refused,) = own.peers
     assert (refused.address, refused.status) == (prefill.address, "refused")
     assert [peer.status for peer in theirs.peers] == ["refused"]

@@ -147,6 +147,8 @@ CASES: list[AotCase] = [
     write_kv("bf16, fp8 pages, d 128, static", "*bf16", 128, True, static=True),
     write_kv("bf16, fp8 pages, d 128, rotated", "*bf16", 128, True, rotate=True),
     write_kv("bf16, fp8 pages, d 128, norm", "*bf16", 128, True, norm=True),
+    write_kv("bf16, fp8 pages, d 128, norm, rotated", "*bf16", 128, True, norm=True, rotate=True),
+    write_kv("bf16, fp8 pages, d 32, rotated", "*bf16", 32, True, rotate=True),
     write_kv("bf16, fp8 pages, d 96", "*bf16", 96, True),
     write_kv("bf16, bf16 pages, d 256", "*bf16", 256, False),
     write_kv("fp32, fp32 pages, d 64", "*fp32", 64, False),

@@ -27,8 +27,8 @@ def _form(mode: Activation | None, block: int) -> dict[str, Any]:
 
 def _norm(mode: Activation | None, delta: str | None) -> AotCase:
     block, _, warps = row_tiles(HIDDEN, Activation.TOKEN)
-    args = {"x": "*bf16", "delta": delta, "weight": "*bf16", "eps": 1e-5, "d": HIDDEN, "heads": 1}
-    args |= {"x_token": HIDDEN, "x_head": 1} | _form(mode, block)
+    args = {"x": "*bf16", "delta": delta, "weight": "*bf16", "eps": 1e-5, "d": HIDDEN}
+    args |= _form(mode, block)
     name = f"rms_norm {'add ' if delta else ''}{mode or 'bf16'}"
     return AotCase(name, norm.rms_norm_kernel, args, {"num_warps": warps})
 

@@ -19,6 +19,8 @@ log = structlog.get_logger("kernels")
 
 # x [n, in], or what the `into` of a norm or activation made of it -> [n, out] of x's dtype.
 Linear = Callable[[Any], torch.Tensor]
+# Head sizes that models have and a Hadamard matrix of Sylvester's, for messages.
+ROTATED_SIZES = (16, 32, 64, 128, 256, 512)
 
 
 class Ops(Protocol):
@@ -47,8 +49,8 @@ class Ops(Protocol):
     def take(self, x: torch.Tensor, rows: torch.Tensor, name: str) -> torch.Tensor:
         """The rows [m] int64 of x [n, d] -> [m, d]; `name` is what they are called in the batch."""
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """x [..., d], weight [d] or [heads, d] (a weight for each head) -> like x."""
+    def can_rotate(self, head_dim: int) -> bool:
+        """Whether it can rotate q and k of heads of this size."""
 
     def add_norm(
         self,
@@ -64,10 +66,23 @@ class Ops(Protocol):
     def silu_mul(self, gate_up: torch.Tensor, into: Linear) -> Any:
         """gate_up [n, 2 * d], gate first -> silu(gate) * up [n, d] for `into`."""
 
-    def write_kv(self, qkv: torch.Tensor, cache: KVCache, layer: int, step: Any) -> torch.Tensor:
+    def write_kv(
+        self,
+        qkv: torch.Tensor,
+        cache: KVCache,
+        layer: int,
+        step: Any,
+        qk_norm: tuple[torch.Tensor, float] | None = None,
+    ) -> torch.Tensor:
         """qkv [n, heads + 2 * kv_heads, d], in this order: turns q and k by their positions, puts
         k and v into the batch's slots of the layer, quantized to the cache's dtype; returns q
-        [n, heads, d]. May overwrite qkv."""
+        [n, heads, d]. May overwrite qkv.
+
+        qk_norm    weight [heads + kv_heads, d] and eps of an RMSNorm of q and k before the turn
+        rotate_qk  which a backend is made with: q and k are multiplied by H_d / sqrt(d) after the
+                   turn, a Hadamard matrix (QuaRot, Ashkboos et al. 2024). q k^T stays as it is, and
+                   k loses the outliers that its quantization would be scaled by
+        """
 
     def attention(self, q: torch.Tensor, cache: KVCache, layer: int, step: Any) -> torch.Tensor:
         """q [n, heads, d] attends causally to its sequence's KV through the block table, within
@@ -86,7 +101,25 @@ def check_batch_invariant(head_dim: int) -> None:
         )
 
 
-def select_ops(device: torch.device, kernels: str, batch_invariant: bool = False) -> Ops:
+def check_rotate_qk(ops: Ops, head_dim: int, static_scales: bool) -> None:
+    """Raises ConfigError for a model whose Q and K this backend cannot rotate."""
+    if static_scales:
+        raise ConfigError(
+            "rotate_qk is set, but the checkpoint brings static scales of a K that is not rotated; "
+            "leave rotate_qk unset, or serve a checkpoint without them (quantized without static "
+            "KV scales)"
+        )
+    if not ops.can_rotate(head_dim):
+        sizes = ", ".join(str(size) for size in ROTATED_SIZES if ops.can_rotate(size))
+        raise ConfigError(
+            f"rotate_qk needs a head size that is a power of two (these kernels: {sizes}), this "
+            f"model has {head_dim}; leave it unset"
+        )
+
+
+def select_ops(
+    device: torch.device, kernels: str, batch_invariant: bool = False, rotate_qk: bool = False
+) -> Ops:
     """The backend for a device, chosen once at start; arguments as in EngineConfig.
 
     Raises ConfigError for kernels that this machine cannot run.
@@ -101,18 +134,18 @@ def select_ops(device: torch.device, kernels: str, batch_invariant: bool = False
             "to auto, or leave batch_invariant unset"
         )
     if kernels == "triton" or (kernels == "auto" and device.type == "cuda"):
-        return _triton_ops(device, batch_invariant)
+        return _triton_ops(device, batch_invariant, rotate_qk)
     if kernels == "reference" or device.type != "cpu":
-        return ReferenceOps()
+        return ReferenceOps(rotate_qk)
     trouble = cpu_kernels_trouble()
     if trouble is None:
         from common.engine.kernels.cpu.ops import CpuOps
 
-        return CpuOps(batch_invariant)
+        return CpuOps(batch_invariant, rotate_qk)
     if kernels == "cpu" or batch_invariant:
         raise ConfigError(f"the CPU kernels are asked for, but {trouble}")
     log.warning("reference_kernels", reason=trouble)
-    return ReferenceOps()
+    return ReferenceOps(rotate_qk)
 
 
 def cpu_kernels_trouble() -> str | None:
@@ -124,7 +157,7 @@ def cpu_kernels_trouble() -> str | None:
     return None
 
 
-def _triton_ops(device: torch.device, batch_invariant: bool) -> Ops:
+def _triton_ops(device: torch.device, batch_invariant: bool, rotate_qk: bool) -> Ops:
     """For a GPU, or a CPU under Triton's interpreter. Never the reference instead: on a GPU it is
     so slow that this must be somebody's choice."""
     trouble = triton_kernels_trouble(device)
@@ -138,6 +171,7 @@ def _triton_ops(device: torch.device, batch_invariant: bool) -> Ops:
     return TritonOps(
         device,
         batch_invariant=batch_invariant,
+        rotate_qk=rotate_qk,
         multiprocessors=1 if device.type == "cpu" else None,
     )
 

@@ -60,6 +60,12 @@ class Step:
 class ReferenceOps:
     """See `Ops`."""
 
+    def __init__(self, rotate_qk: bool = False) -> None:
+        self._rotate_qk = rotate_qk
+
+    def can_rotate(self, head_dim: int) -> bool:
+        return head_dim & (head_dim - 1) == 0
+
     def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
         if weight.activation is Activation.GROUP:
             return BlockLinear(weight, bias)
@@ -84,11 +90,6 @@ class ReferenceOps:
     def take(self, x: torch.Tensor, rows: torch.Tensor, name: str) -> torch.Tensor:
         return x[rows]
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        if weight.dim() == 1:
-            return F.rms_norm(x, x.shape[-1:], weight, eps)
-        return F.rms_norm(x, x.shape[-1:], None, eps) * weight
-
     def add_norm(
         self,
         x: torch.Tensor,
@@ -99,15 +100,28 @@ class ReferenceOps:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if delta is not None:
             x = x + delta
-        return x, self.rms_norm(x, weight, eps)
+        return x, F.rms_norm(x, x.shape[-1:], weight, eps)
 
     def silu_mul(self, gate_up: torch.Tensor, into: Linear) -> torch.Tensor:
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
-    def write_kv(self, qkv: torch.Tensor, cache: KVCache, layer: int, step: Step) -> torch.Tensor:
+    def write_kv(
+        self,
+        qkv: torch.Tensor,
+        cache: KVCache,
+        layer: int,
+        step: Step,
+        qk_norm: tuple[torch.Tensor, float] | None = None,
+    ) -> torch.Tensor:
         kv_heads = cache.num_kv_heads
-        turned = apply_rope(qkv[:, :-kv_heads], step.cos, step.sin)
+        qk = qkv[:, :-kv_heads]
+        if qk_norm is not None:
+            weight, eps = qk_norm
+            qk = F.rms_norm(qk, qk.shape[-1:], None, eps) * weight
+        turned = apply_rope(qk, step.cos, step.sin)
+        if self._rotate_qk:
+            turned = hadamard(turned)
         q, k, v = turned[:, :-kv_heads], turned[:, -kv_heads:], qkv[:, -kv_heads:]
         kv = torch.stack((k, v), 1)
         payload = cache.payload[layer].permute(0, 3, 1, 2, 4)
@@ -134,6 +148,19 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     wide = x.float()
     turned = torch.roll(wide, x.shape[-1] // 2, -1)
     return torch.addcmul(wide * cos, turned, sin).to(x.dtype)
+
+
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """x [..., d], d a power of two -> x @ H_d / sqrt(d), of x's dtype; its own inverse.
+
+    H_d is Sylvester's matrix; the fast Walsh-Hadamard transform, in float32.
+    """
+    wide, step = x.float(), 1
+    while step < x.shape[-1]:
+        low, high = wide.unflatten(-1, (-1, 2, step)).unbind(-2)
+        wide = torch.stack((low + high, low - high), -2).flatten(-3)
+        step *= 2
+    return (wide * x.shape[-1] ** -0.5).to(x.dtype)
 
 
 def quantize_fp8(

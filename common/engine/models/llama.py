@@ -91,12 +91,10 @@ class DenseDecoder:
         for index, layer in enumerate(self.layers):
             x, normed = ops.add_norm(x, delta, layer.attention_norm, eps, layer.qkv)
             qkv = layer.qkv(normed).view(len(x), -1, config.head_dim)  # [n, h + 2g, d]
-            if layer.qk_norm is not None:
-                turned = len(layer.qk_norm)
-                qkv[:, :turned] = ops.rms_norm(qkv[:, :turned], layer.qk_norm, eps)
             if connector is not None:
                 connector.wait_for_layer_load(index)
-            q = ops.write_kv(qkv, cache, index, step)  # [n, h, d]
+            norm = None if layer.qk_norm is None else (layer.qk_norm, eps)
+            q = ops.write_kv(qkv, cache, index, step, norm)  # [n, h, d]
             if self.shard.kv_is_shared:
                 group.barrier()  # what is read next, another rank may have written
             last = index == config.num_layers - 1

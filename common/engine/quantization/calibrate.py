@@ -56,13 +56,21 @@ class RecordingOps(ReferenceOps):
     """The reference, with Linears that record and the largest K and V of each layer."""
 
     def __init__(self, num_layers: int) -> None:
+        super().__init__()
         self.kv = [[0.0, 0.0] for _ in range(num_layers)]
 
     def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
         return RecordingLinear(super().linear(weight, bias))
 
-    def write_kv(self, qkv: torch.Tensor, cache: KVCache, layer: int, step: Step) -> torch.Tensor:
-        q = super().write_kv(qkv, cache, layer, step)
+    def write_kv(
+        self,
+        qkv: torch.Tensor,
+        cache: KVCache,
+        layer: int,
+        step: Step,
+        qk_norm: tuple[torch.Tensor, float] | None = None,
+    ) -> torch.Tensor:
+        q = super().write_kv(qkv, cache, layer, step, qk_norm)
         written = cache.payload[layer].permute(0, 3, 1, 2, 4)[step.block, step.offset]
         for side in (0, 1):
             largest = written[:, side].abs().amax().item()

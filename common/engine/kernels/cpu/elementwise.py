@@ -13,6 +13,8 @@ from numba import carray
 from common.engine.kernels.cpu import simd
 from common.engine.kernels.cpu.launch import Kernel, compile_kernel, fields
 
+FLOAT32_MAX = np.float32(3.4028234663852886e38)
+
 
 class TakeArguments(ctypes.Structure):
     """Addresses. x [any, row_bytes], of which the rows [num_items] int64 go to out."""
@@ -109,82 +111,148 @@ def silu_mul_kernel(io: int) -> Kernel:
 class WriteArguments(ctypes.Structure):
     """Addresses, sizes in bytes unless said otherwise. One item is one token.
 
-    qkv           [num_items, heads + 2 * kv_heads, head_dim]; q is turned in place
+    qkv           [num_items, heads + 2 * kv_heads, head_dim]; q and k are changed in place
+    norm          [heads + kv_heads, head_dim], weights of an RMSNorm of q and k; 0: none
     positions     [num_items] int64
     slots         [num_items] int64, block * block_size + offset
     cos, sin      [positions, head_dim] float32, sin's first half negated
+    signs         [16, 16] float32, a Hadamard matrix, where q and k are rotated; 0: they are not
     cache, scales the layer's payload and scales of block 0, of the first KV head (scales 0:
                   none); blocks are block_bytes apart and have block_heads KV heads
     static        [2, kv_heads] float32: scales to quantize by; 0: amax / 448 of each vector
+    scratch       scratch_bytes for each thread, head_dim float32 at least
     """
 
-    _fields_ = fields(
-        "qkv positions slots cos sin cache scales static block_bytes block_size block_heads "
-        "heads kv_heads head_dim"
+    _fields_ = (
+        *fields(
+            "qkv norm positions slots cos sin signs cache scales static block_bytes block_size "
+            "block_heads heads kv_heads head_dim scratch scratch_bytes"
+        ),
+        ("eps", ctypes.c_double),
     )
+
+
+@simd.part
+def norm_head(io, x, weight, dim, eps):
+    """RMSNorm in place, rounded before and after the weight."""
+    squares = simd.splat(np.float32(0.0))
+    for i in range(0, dim * simd.size(io), 16 * simd.size(io)):
+        y = simd.load(io, x + i)
+        squares = simd.fma(y, y, squares)
+    mean = simd.total(squares) / np.float32(dim)
+    factor = simd.splat(np.float32(1.0) / np.float32(math.sqrt(mean + np.float32(eps))))
+    for i in range(0, dim * simd.size(io), 16 * simd.size(io)):
+        simd.store(io, x + i, simd.mul(simd.load(io, x + i), factor))
+        simd.store(io, x + i, simd.mul(simd.load(io, x + i), simd.load(io, weight + i)))
+
+
+@simd.part
+def turn_head(io, x, cos, sin, dim):
+    """RoPE in place by the angles at cos and sin."""
+    half = dim // 2
+    for i in range(0, half, 16):
+        low = simd.load(io, x + i * simd.size(io))
+        high = simd.load(io, x + (half + i) * simd.size(io))
+        new = simd.mul(low, simd.load_float32(cos + 4 * i))
+        new = simd.fma(high, simd.load_float32(sin + 4 * i), new)
+        simd.store(io, x + i * simd.size(io), new)
+        new = simd.mul(high, simd.load_float32(cos + 4 * (half + i)))
+        new = simd.fma(low, simd.load_float32(sin + 4 * (half + i)), new)
+        simd.store(io, x + (half + i) * simd.size(io), new)
+
+
+@simd.part
+def rotate_head(io, x, dim, signs, scratch):
+    """x @ H / sqrt(dim) in place, dim a power of two: H is H_(dim/16) (x) H_16, the latter a
+    product with `signs`, the former butterflies of whole vectors (fast Walsh-Hadamard)."""
+    minus = simd.splat(np.float32(-1.0))
+    for i in range(0, dim, 16):
+        simd.store_float32(scratch + 4 * i, simd.load(io, x + i * simd.size(io)))
+        y = simd.splat(np.float32(0.0))
+        for j in range(16):
+            number = simd.splat(simd.scalar_float32(scratch + 4 * (i + j)))
+            y = simd.fma(number, simd.load_float32(signs + 64 * j), y)
+        simd.store_float32(scratch + 4 * i, y)
+    step = 64
+    while step < 4 * dim:
+        for i in range(0, 4 * dim, 64):
+            if i & step == 0:
+                low, high = simd.load_float32(scratch + i), simd.load_float32(scratch + i + step)
+                simd.store_float32(scratch + i, simd.add(low, high))
+                simd.store_float32(scratch + i + step, simd.fma(high, minus, low))
+        step *= 2
+    by = simd.splat(np.float32(1.0) / np.float32(math.sqrt(np.float32(dim))))
+    for i in range(0, dim, 16):
+        y = simd.mul(simd.load_float32(scratch + 4 * i), by)
+        simd.store(io, x + i * simd.size(io), y)
+
+
+@simd.part
+def scale_of(io, x, dim, static):
+    """By what a vector is divided: the number at `static`, or amax / 448 where that is 0."""
+    if static != 0:
+        return simd.scalar_float32(static)
+    sizes = simd.splat(np.float32(0.0))
+    for i in range(0, dim, 16):
+        sizes = simd.larger_size(sizes, simd.load(io, x + i * simd.size(io)))
+    largest = simd.largest_size(sizes)
+    if largest > FLOAT32_MAX:
+        largest = FLOAT32_MAX
+    return largest / np.float32(448.0)
+
+
+@simd.part
+def write_head(kv, io, x, dim, target, scale):
+    """One vector of K or V to `target`; `scale` matters to e4m3 alone."""
+    divisor = simd.splat(np.float32(1.0))
+    if scale != np.float32(0.0):
+        divisor = simd.splat(scale)
+    for i in range(0, dim, 16):
+        y = simd.load(io, x + i * simd.size(io))
+        if kv == simd.E4M3:
+            y = simd.div(simd.clamp(y, FLOAT32_MAX), divisor)
+            y = simd.clamp(y, np.float32(448.0))
+        simd.store(kv, target + i * simd.size(kv), y)
 
 
 @cache
 def write_kernel(kv: int, io: int) -> Kernel:
     """kv and io: simd's kind of the cache's and of qkv's numbers."""
-    element = (4, 2, 1)[kv]
-    has_scales = kv == simd.E4M3
-    io_element = (4, 2)[io]
 
-    def rope_and_write(address):
+    def form_and_write(address):
         a = carray(address, 1)[0]
-        next_item = simd.address_of(address)
-        dim = a.head_dim
-        half = dim // 2
-        turned = a.heads + a.kv_heads
-        limit = np.float32(3.4028234663852886e38)
+        counters = simd.address_of(address)
+        scratch = a.scratch + simd.fetch_add(counters + 8, 1) * a.scratch_bytes
+        dim, heads, kv_heads = a.head_dim, a.heads, a.kv_heads
+        row_bytes = dim * simd.size(io)
+        norm, signs = a.norm, a.signs
         while True:
-            row = simd.fetch_add(next_item, 1)
+            row = simd.fetch_add(counters, 1)
             if row >= a.num_items:
                 break
             slot = simd.scalar_int64(a.slots + 8 * row)
             block = slot // a.block_size * a.block_bytes
             inside = slot % a.block_size
             table = 4 * dim * simd.scalar_int64(a.positions + 8 * row)
-            source = a.qkv + row * (turned + a.kv_heads) * dim * io_element
-            for head in range(turned):
-                x = source + head * dim * io_element
-                for i in range(0, half, 16):
-                    low = simd.load(io, x + i * io_element)
-                    high = simd.load(io, x + (half + i) * io_element)
-                    cos = simd.load_float32(a.cos + table + 4 * i)
-                    minus_sin = simd.load_float32(a.sin + table + 4 * i)
-                    new = simd.fma(high, minus_sin, simd.mul(low, cos))
-                    cos = simd.load_float32(a.cos + table + 4 * (half + i))
-                    sin = simd.load_float32(a.sin + table + 4 * (half + i))
-                    simd.store(io, x + i * io_element, new)
-                    new = simd.fma(low, sin, simd.mul(high, cos))
-                    simd.store(io, x + (half + i) * io_element, new)
-            for head in range(2 * a.kv_heads):
-                x = source + (a.heads + head) * dim * io_element
+            source = a.qkv + row * (heads + 2 * kv_heads) * row_bytes
+            for head in range(heads + kv_heads):
+                x = source + head * row_bytes
+                if norm != 0:
+                    norm_head(io, x, norm + head * row_bytes, dim, a.eps)
+                turn_head(io, x, a.cos + table, a.sin + table, dim)
+                if signs != 0:
+                    rotate_head(io, x, dim, signs, scratch)
+            for head in range(2 * kv_heads):
+                x = source + (heads + head) * row_bytes
                 place = head * a.block_size + inside
-                if head >= a.kv_heads:
-                    place += (a.block_heads - a.kv_heads) * a.block_size
-                target = a.cache + block + place * dim * element
-                divisor = simd.splat(np.float32(1.0))
-                if has_scales:
-                    sizes = simd.splat(np.float32(0.0))
-                    for i in range(0, dim, 16):
-                        sizes = simd.larger_size(sizes, simd.load(io, x + i * io_element))
-                    largest = simd.largest_size(sizes)
-                    if largest > limit:
-                        largest = limit
-                    scale = largest / np.float32(448.0)
-                    if a.static != 0:
-                        scale = simd.scalar_float32(a.static + 4 * head)
+                if head >= kv_heads:
+                    place += (a.block_heads - kv_heads) * a.block_size
+                scale = np.float32(1.0)
+                if kv == simd.E4M3:
+                    static = a.static + 4 * head if a.static != 0 else 0
+                    scale = scale_of(io, x, dim, static)
                     simd.put_float32(a.scales + block + 4 * place, scale)
-                    if scale != np.float32(0.0):
-                        divisor = simd.splat(scale)
-                for i in range(0, dim, 16):
-                    y = simd.load(io, x + i * io_element)
-                    if has_scales:
-                        y = simd.div(simd.clamp(y, limit), divisor)
-                        y = simd.clamp(y, np.float32(448.0))
-                    simd.store(kv, target + i * element, y)
+                target = a.cache + block + place * dim * simd.size(kv)
+                write_head(kv, io, x, dim, target, scale)
 
-    return compile_kernel(rope_and_write, WriteArguments)
+    return compile_kernel(form_and_write, WriteArguments)

@@ -22,7 +22,7 @@ from common.engine.kernels.cpu.matmul import CompiledLinear
 from common.engine.kernels.cpu.plan import Planner, Step
 from common.engine.kernels.cpu.quantized import Fp8Linear, fits
 from common.engine.kernels.cpu.tape import DecodeTapes
-from common.engine.kernels.reference import ReferenceOps
+from common.engine.kernels.reference import ReferenceOps, hadamard
 from common.engine.weight import Weight
 
 # Smaller work is done sooner than a second thread has begun it.
@@ -34,6 +34,8 @@ HEAD_DIM_MULTIPLE = 32
 TAKE_MULTIPLE = 32
 # A sequence with fewer queries in a step has them attend one by one.
 CHUNK_QUERIES = 8
+# Sylvester's matrix of 16: -1 to the number of ones in i & j.
+SIGNS = hadamard(torch.eye(16)).mul_(4).numpy()
 
 
 class CpuOps(ReferenceOps):
@@ -43,13 +45,16 @@ class CpuOps(ReferenceOps):
                      alone: not on how they were cut into steps, nor on who else was in them
     """
 
-    def __init__(self, batch_invariant: bool = False) -> None:
+    def __init__(self, batch_invariant: bool = False, rotate_qk: bool = False) -> None:
+        super().__init__(rotate_qk)
         self._batch_invariant = batch_invariant
         self._all_compiled = True
         self._norm = elementwise.NormArguments()
         self._silu = elementwise.SiluArguments()
         # A query that attends alone does so in one way, whatever the size of its chunk.
-        self._planner = Planner(sys.maxsize if batch_invariant else CHUNK_QUERIES)
+        self._planner = Planner(
+            sys.maxsize if batch_invariant else CHUNK_QUERIES, SIGNS if rotate_qk else None
+        )
 
     def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
         if weight.activation is not None:
@@ -72,7 +77,6 @@ class CpuOps(ReferenceOps):
         rows = config.hidden_size, config.num_heads * config.head_dim
         possible = (
             self._all_compiled
-            and not config.qk_norm
             and config.head_dim % HEAD_DIM_MULTIPLE == 0
             and all(width % TAKE_MULTIPLE == 0 for width in rows)
             and TEAM_SIZE is not None
@@ -135,11 +139,19 @@ class CpuOps(ReferenceOps):
             return super().prepare(batch, cache, num_heads, windows, rope)
         return self._planner.plan(batch, cache, num_heads, windows, rope)
 
-    def write_kv(self, qkv: torch.Tensor, cache: KVCache, layer: int, step: Any) -> torch.Tensor:
+    def write_kv(
+        self,
+        qkv: torch.Tensor,
+        cache: KVCache,
+        layer: int,
+        step: Any,
+        qk_norm: tuple[torch.Tensor, float] | None = None,
+    ) -> torch.Tensor:
         if not isinstance(step, Step):
-            return super().write_kv(qkv, cache, layer, step)
+            return super().write_kv(qkv, cache, layer, step, qk_norm)
         a, static = step.write, cache.static(layer)
         a.qkv, a.static = qkv.data_ptr(), 0 if static is None else static.data_ptr()
+        a.norm, a.eps = (0, 0.0) if qk_norm is None else (qk_norm[0].data_ptr(), qk_norm[1])
         a.cache, a.scales = addresses(cache, layer)
         kernel = elementwise.write_kernel(kv_kind(cache), KIND[qkv.dtype])
         rows, threads = qkv.shape[0], threads_for(2 * qkv.numel())
@@ -175,6 +187,7 @@ def _refresh_take(name: str, a: elementwise.TakeArguments, batch: Batch, step: S
 
 def _refresh_write(a: elementwise.WriteArguments, batch: Batch, step: Step) -> None:
     a.positions, a.slots = step.write.positions, step.write.slots
+    a.scratch = step.write.scratch
 
 
 def _refresh_decode(

@@ -88,10 +88,12 @@ class Planner:
     """Plans the steps of one model, one at a time.
 
     chunk_queries  a sequence with fewer queries in a step has them attend one by one
+    signs          what Q and K are rotated by (see WriteArguments); None: they are not
     """
 
-    def __init__(self, chunk_queries: int) -> None:
+    def __init__(self, chunk_queries: int, signs: np.ndarray | None) -> None:
         self._chunk_queries = chunk_queries
+        self._signs = signs
         self._shapes: Shapes | None = None
         self._scratch = np.empty(0, np.uint8)
         self._counting = np.empty(0, np.int32)
@@ -129,6 +131,8 @@ class Planner:
             type(a).from_buffer_copy(a) for a in (shapes.write, shapes.decode, shapes.prefill)
         )
         write.positions, write.slots = batch.positions.data_ptr(), batch.slot_mapping.data_ptr()
+        write.signs = 0 if self._signs is None else address(self._signs)
+        write.scratch, write.scratch_bytes = scratch, decode.scratch_bytes
         for a in (decode, chunk):
             a.tables, a.table_width = batch.block_table.data_ptr(), batch.block_table.shape[1]
             a.scratch = scratch

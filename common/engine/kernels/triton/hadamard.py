@@ -42,7 +42,7 @@ def matrix_size(d: int, dtype: torch.dtype) -> int:
 
 def supports(head_dim: int) -> bool:
     """Whether `rotate_halves` can rotate heads of this size."""
-    return head_dim in (64, 128, 256)
+    return head_dim in (32, 64, 128, 256)
 
 
 @triton.jit

@@ -44,7 +44,7 @@ def write_kv(
 
     Bytes and scales of e4m3 equal those of `quantize_fp8` in reference.py. Every step rounds to
     qkv's dtype, as separate operations do.
-    Raises ConfigError where `rotate` meets heads that are not 64, 128 or 256.
+    Raises ConfigError where `rotate` meets heads that are not 32, 64, 128 or 256.
     """
     n, total, d = qkv.shape
     kv_heads, block_size = payload.shape[2], payload.shape[3]

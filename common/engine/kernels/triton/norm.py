@@ -17,20 +17,20 @@ from common.engine.quantization.scheme import Activation
 
 @triton.jit(do_not_specialize=["scale_column"])
 def rms_norm_kernel(
-    x, delta, weight, out, scale, eps, d, heads, x_token, x_head, scale_row, scale_column,
+    x, delta, weight, out, scale, eps, d, scale_row, scale_column,
     MODE: tl.constexpr, BLOCK: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < d
-    at = x + (row // heads).to(tl.int64) * x_token + (row % heads) * x_head + columns
+    at = x + row.to(tl.int64) * d + columns
     value = tl.load(at, mask=inside, other=0.0)
     if delta is not None:
         added = tl.load(delta + row.to(tl.int64) * d + columns, mask=inside, other=0.0)
         value = (value.to(tl.float32) + added.to(tl.float32)).to(x.dtype.element_ty)
         tl.store(at, value, mask=inside)
     value = value.to(tl.float32)
-    gain = tl.load(weight + (row % heads) * d + columns, mask=inside, other=0.0).to(tl.float32)
+    gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(value * value) / d
     normed = value * (1.0 / tl.sqrt_rn(mean + eps)) * gain
     # Rounded as if it had been written: quantizing it here or later gives the same bytes.
@@ -47,26 +47,25 @@ def rms_norm(
     activation: Activation | None = None,
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor | Quantized:
-    """x [n, d] or [n, heads, d] (d contiguous), weight [d] or [heads, d] -> x / rms(x) * weight.
+    """x [n, d] contiguous, weight [d] -> x / rms(x) * weight.
 
-    delta       [n, d], contiguous, is added to x [n, d] in place first
+    delta       [n, d], contiguous, is added to x in place first
     activation  None: the result is like x, contiguous. Else it is Quantized as `quantize` would
                 (TENSOR by `input_scale`, TOKEN or GROUP)
 
     A row is one program, in float32; nothing depends on the number of rows.
     """
-    d, heads = x.shape[-1], x.shape[1] if x.dim() == 3 else 1
+    n, d = x.shape
     block, _, warps = row_tiles(d, Activation.TOKEN)
     scale, strides = None, (0, 0)
     if activation is None:
         result = out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     else:
-        result = empty_quantized(len(x), d, activation, input_scale, x)
+        result = empty_quantized(n, d, activation, input_scale, x)
         out, scale, strides = result.values.view(torch.uint8), result.scale, result.scale.stride()
-    rows = len(x) * heads
-    if rows:
-        rms_norm_kernel[(rows,)](
-            x, delta, weight, out, scale, eps, d, heads, x.stride(0), x.stride(1), *strides,
+    if n:
+        rms_norm_kernel[(n,)](
+            x, delta, weight, out, scale, eps, d, *strides,
             MODE="none" if activation is None else activation.value,
             BLOCK=block, NATIVE=NATIVE_FP8, num_warps=warps,
         )  # fmt: skip

@@ -12,6 +12,7 @@ from common.engine.kernels import Linear
 from common.engine.kernels.triton.activation import silu_mul
 from common.engine.kernels.triton.decode_attention import decode_attention
 from common.engine.kernels.triton.gemm import Workspace, matmul
+from common.engine.kernels.triton.hadamard import supports
 from common.engine.kernels.triton.kv_write import write_kv
 from common.engine.kernels.triton.norm import rms_norm
 from common.engine.kernels.triton.prefill_attention import prefill_attention
@@ -90,6 +91,7 @@ class TritonOps:
 
     batch_invariant  a row's result is bitwise the same whatever else is in the step: one tile for
                      every number of tokens, and one attention for a prompt and for decoding
+    rotate_qk        see `write_kv`
 
     No method waits for the device. Nothing but `prepare` copies to it.
     """
@@ -99,10 +101,15 @@ class TritonOps:
         device: torch.device,
         *,
         batch_invariant: bool = False,
+        rotate_qk: bool = False,
         multiprocessors: int | None = None,
     ) -> None:
         self._workspace = Workspace.on(device, multiprocessors)
         self._batch_invariant = batch_invariant
+        self._rotate_qk = rotate_qk
+
+    def can_rotate(self, head_dim: int) -> bool:
+        return supports(head_dim)
 
     def warm_up(self, vocab: int) -> None:
         """Compiles what `choose` uses, so that nobody waits for it later."""
@@ -145,9 +152,6 @@ class TritonOps:
     def take(self, x: torch.Tensor, rows: torch.Tensor, name: str) -> torch.Tensor:
         return x[rows]
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return rms_norm(x, weight, eps)
-
     def add_norm(
         self,
         x: torch.Tensor,
@@ -161,7 +165,14 @@ class TritonOps:
     def silu_mul(self, gate_up: torch.Tensor, into: Linear) -> torch.Tensor | Quantized:
         return silu_mul(gate_up, **_form(into))
 
-    def write_kv(self, qkv: torch.Tensor, cache: KVCache, layer: int, step: Step) -> torch.Tensor:
+    def write_kv(
+        self,
+        qkv: torch.Tensor,
+        cache: KVCache,
+        layer: int,
+        step: Step,
+        qk_norm: tuple[torch.Tensor, float] | None = None,
+    ) -> torch.Tensor:
         return write_kv(
             qkv,
             step.rope,
@@ -170,6 +181,8 @@ class TritonOps:
             cache.payload[layer],
             None if cache.scales is None else cache.scales[layer],
             static=cache.static(layer),
+            qk_norm=qk_norm,
+            rotate=self._rotate_qk,
         )
 
     def attention(self, q: torch.Tensor, cache: KVCache, layer: int, step: Step) -> torch.Tensor:

@@ -37,7 +37,7 @@ import uvloop
 from pydantic import ByteSize, TypeAdapter
 
 from baton.cli.ports import any_free
-from common.kv.transports import NAMES, SIDE_TRANSPORTS, DataPlane, Link, parse_names
+from common.kv.transports import DEFAULT_NAMES, SIDE_TRANSPORTS, DataPlane, Link, parse_names
 from common.kv.wire import (
     FRAME_OVERHEAD_BYTES,
     BlockRange,
@@ -280,8 +280,10 @@ def _stay_on_core(index: int) -> None:
 
 
 def usable() -> tuple[str, ...]:
-    """The transports of this machine."""
-    return tuple(n for n in NAMES if n not in SIDE_TRANSPORTS or SIDE_TRANSPORTS[n][1]() is None)
+    """The transports of this machine, without nixl, which cannot be in a process with ucx."""
+    return tuple(
+        n for n in DEFAULT_NAMES if n not in SIDE_TRANSPORTS or SIDE_TRANSPORTS[n][1]() is None
+    )
 
 
 def _sizes(text: str) -> list[int]:

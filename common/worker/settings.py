@@ -7,7 +7,7 @@ from pydantic import ByteSize, Field, field_validator
 from common.engine.config import EngineConfig
 from common.errors import ConfigError
 from common.kv.connectors.registry import parse_connectors
-from common.kv.transports import NAMES, parse_names
+from common.kv.transports import DEFAULT_NAMES, parse_names
 from common.rpc.discovery import own_address, parse_addresses
 from common.settings import ServiceSettings
 
@@ -31,7 +31,7 @@ class WorkerSettings(ServiceSettings):
         "name[:argument]; see docs/connectors.md",
     )
     transports: str = Field(
-        ",".join(NAMES), description="ways that KV may take between workers, best first"
+        ",".join(DEFAULT_NAMES), description="ways that KV may take between workers, best first"
     )
     dtype: str = Field("auto", description="auto, float32 or bfloat16: what is computed in")
     quantization: str | None = Field(

@@ -5,6 +5,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.kv.transports.support import need
 from tests.support.mesh import Mesh, wait_until
 
 PROMPTS = [f"{i} codes: river=4821 lamp=1937 stone=2750 cloud=9164 " * 8 for i in range(4)]
@@ -37,10 +38,12 @@ def aggregated(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         return texts(mesh)
 
 
-@pytest.mark.parametrize(("flags", "used"), [([], "shm"), (["--transports", "tcp"], "tcp")])
+@pytest.mark.parametrize("used", ["shm", "tcp", "nixl"])
 def test_the_chosen_transport_carries_the_kv_and_is_shown(
-    tmp_path: Path, aggregated: list[str], flags: list[str], used: str
+    tmp_path: Path, aggregated: list[str], used: str
 ) -> None:
+    need(used)
+    flags = [] if used == "shm" else ["--transports", used]
     args = {"prefill": flags, "decode": flags}
     with Mesh(tmp_path, kvstore=0, args=args) as mesh:
         assert texts(mesh) == aggregated

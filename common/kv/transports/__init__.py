@@ -2,10 +2,11 @@
 
 from common.kv.transports.base import FrameHandler, Link, SideTransport, Transport
 from common.kv.transports.faulty import with_faults
-from common.kv.transports.plane import NAMES, SIDE_TRANSPORTS, DataPlane, parse_names
+from common.kv.transports.plane import DEFAULT_NAMES, NAMES, SIDE_TRANSPORTS, DataPlane, parse_names
 from common.kv.transports.tcp import TcpTransport
 
 __all__ = [
+    "DEFAULT_NAMES",
     "NAMES",
     "SIDE_TRANSPORTS",
     "DataPlane",

@@ -232,6 +232,10 @@ class FrameServer:
         HandoffError, which end the link."""
         raise NotImplementedError
 
+    def _handled(self, head: Head) -> None:
+        """A frame's bytes are not needed any more; its answer comes next, and may be followed by
+        another frame in their place before the answer's sending returns."""
+
     async def _released(self) -> None:
         """The link ended and no handler runs: let go of what it holds."""
 
@@ -292,6 +296,7 @@ class FrameServer:
             extra = xxhash.xxh3_64_intdigest(frame)
         else:
             body = self._offers
+        self._handled(head)
         answer = Head(ANSWER, status, head.sequence, len(body), extra).pack()
         try:
             async with self._writing, asyncio.timeout(BODY_TIMEOUT_S):
@@ -304,6 +309,63 @@ class FrameServer:
         """Have `run` end, from anywhere on the loop."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
+
+
+class _Coming(NamedTuple):
+    """A frame whose head is here. `whole` resolves when its body is too; None: it is.
+    `done` as for `_handle_soon`."""
+
+    head: Head
+    frame: memoryview
+    whole: "asyncio.Future[None] | None"
+    done: Callable[[bool], None]
+
+
+class AheadServer(FrameServer):
+    """Heads are read ahead of the bodies, which come by another way than the connection: so its end
+    is seen while a body is awaited. Frames are handled in the order of their heads."""
+
+    def __init__(self, sock: socket.socket, on_frame: FrameHandler, max_frame_bytes: int) -> None:
+        super().__init__(sock, on_frame, max_frame_bytes)
+        self._coming: asyncio.Queue[_Coming] = asyncio.Queue()  # bounded by _room
+        self._ordering = asyncio.create_task(self._handle_in_order())
+
+    def _handle_when_whole(
+        self,
+        head: Head,
+        frame: memoryview,
+        whole: "asyncio.Future[None] | None",
+        done: Callable[[bool], None],
+    ) -> None:
+        """Have a frame handled after those before it. `done` is called in any case."""
+        self._coming.put_nowait(_Coming(head, frame, whole, done))
+
+    async def _handle_in_order(self) -> None:
+        try:
+            while True:
+                head, frame, whole, done = await self._coming.get()
+                try:
+                    if whole is not None:
+                        async with asyncio.timeout(BODY_TIMEOUT_S):
+                            await whole
+                    self._check_alive()
+                except BaseException:
+                    done(False)
+                    raise
+                self._handle_soon(head, frame, done)
+        except (OSError, HandoffError) as error:
+            log.warning("link_broke", error=str(error) or "a body did not come")
+        finally:
+            self.hang_up()
+
+    def _check_alive(self) -> None:
+        """For subclasses: raise HandoffError when a body that seems whole cannot be trusted."""
+
+    async def _released(self) -> None:
+        self._ordering.cancel()
+        await asyncio.wait([self._ordering], timeout=1.0)
+        while not self._coming.empty():
+            self._coming.get_nowait().done(False)
 
 
 class Tasks:

@@ -27,6 +27,8 @@ from common.kv.transports.base import (
     SideTransport,
 )
 from common.kv.transports.frames import MAX_ANSWER_BYTES, Tasks
+from common.kv.transports.nixl import NixlTransport
+from common.kv.transports.nixl import missing as nixl_missing
 from common.kv.transports.shm import ShmTransport
 from common.kv.transports.shm import missing as shm_missing
 from common.kv.transports.tcp import TcpLink, TcpTransport, split_address, within
@@ -35,9 +37,15 @@ from common.kv.transports.ucx import missing as ucx_missing
 
 log = structlog.get_logger("transport")
 
-# In the order in which they are tried. A new one is one file and one line here.
-SIDE_TRANSPORTS = {"shm": (ShmTransport, shm_missing), "ucx": (UcxTransport, ucx_missing)}
+# A new one is one file and one line here.
+SIDE_TRANSPORTS = {
+    "shm": (ShmTransport, shm_missing),
+    "ucx": (UcxTransport, ucx_missing),
+    "nixl": (NixlTransport, nixl_missing),
+}
 NAMES = (*SIDE_TRANSPORTS, "tcp")
+# Without nixl, for host memory another way to UCX, and none beside ucx: who wants it names it.
+DEFAULT_NAMES = ("shm", "ucx", "tcp")
 # A test transfer of PROBE_BYTES takes milliseconds; over a slow network a second.
 TEST_S = 3.0
 # One that takes longer, as when it loads a library for its first link, is opened by a later try.
@@ -54,6 +62,11 @@ def parse_names(text: str) -> tuple[str, ...]:
         raise ConfigError(
             f"{text!r} does not name transports; list some of {', '.join(NAMES)}, each once, "
             f"best first"
+        )
+    if {"ucx", "nixl"} <= set(names):
+        raise ConfigError(
+            f"{text!r} names ucx and nixl: each brings a UCX of its own, and a process can have "
+            f"one (docs/transports.md); leave one of them out"
         )
     return names
 
@@ -90,7 +103,7 @@ class DataPlane:
     names  the transports that may carry frames, best first
     """
 
-    def __init__(self, names: Sequence[str] = NAMES) -> None:
+    def __init__(self, names: Sequence[str] = DEFAULT_NAMES) -> None:
         self._names = tuple(names)
         self._tcp = TcpTransport()
         self._sides: dict[str, SideTransport] = {}

@@ -27,7 +27,7 @@ import numpy as np
 import structlog
 
 from common.errors import HandoffError
-from common.kv.transports.arena import Arena
+from common.kv.transports.arena import Arena, Room
 from common.kv.transports.base import FrameHandler, Offer
 from common.kv.transports.frames import (
     MAX_FRAME_BYTES,
@@ -45,10 +45,6 @@ PREFIX = "baton-"
 # Bytes in flight on one link; a single larger frame may go alone. It bounds the memory of a link,
 # of which only what was used at least once is real.
 IN_FLIGHT_BYTES = 64 * 1024 * 1024
-# Past this the sender gives the receiver a moment to catch up, so that what is in flight stays in
-# the processors' cache, where copies are faster by half.
-HOT_BYTES = 8 * 1024 * 1024
-PACE_S = 0.001
 ARENA_BYTES = -(-MAX_FRAME_BYTES // Arena.ALIGN) * Arena.ALIGN
 # Each may come to hold IN_FLIGHT_BYTES; who comes after them is sent to another transport.
 MAX_LINKS = 32
@@ -153,15 +149,12 @@ class ShmLink(FrameLink):
         super().__init__(str(folder), sock, min(MAX_FRAME_BYTES, len(memory)))
         self._folder = folder
         self._memory: np.ndarray | None = np.frombuffer(memory, np.uint8)
-        self._arena = Arena(len(memory), IN_FLIGHT_BYTES)
-        self._placing = asyncio.Lock()
-        self._extents: dict[int, tuple[int, int]] = {}
-        self._freed = asyncio.Event()
+        self._room = Room(len(memory), IN_FLIGHT_BYTES)
 
     async def _carry(self, kind: int, sequence: int, header: bytes, body: memoryview) -> None:
         # The payload starts on a cache line: copies of it are faster on both sides.
         gap = -len(header) % 64
-        start, _ = await self._place(sequence, gap + len(header) + len(body))
+        start = await self._room.take(sequence, gap + len(header) + len(body))
         if self._memory is None:
             return
         middle, end = start + gap + len(header), start + gap + len(header) + len(body)
@@ -170,30 +163,12 @@ class ShmLink(FrameLink):
         np.copyto(self._memory[middle:end], np.frombuffer(body, np.uint8))
         await self._write(Head(kind, 0, sequence, end - start - gap, start + gap))
 
-    async def _place(self, sequence: int, size: int) -> tuple[int, int]:
-        """Room for a frame, in the order of asking."""
-        async with self._placing:
-            if self._arena.used > HOT_BYTES:
-                self._freed.clear()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(PACE_S):
-                        await self._freed.wait()
-            while (extent := self._arena.take(size)) is None and not self.closed:
-                self._freed.clear()
-                await self._freed.wait()
-        if extent is None:
-            raise HandoffError("the link broke before there was room")
-        self._extents[sequence] = extent
-        return extent
-
     def _answered(self, sequence: int) -> None:
-        if extent := self._extents.pop(sequence, None):
-            self._arena.give(extent)
-            self._freed.set()
+        self._room.give(sequence)
 
     def _released(self) -> None:
         self._memory = None
-        self._freed.set()
+        self._room.close()
         # A receiver that was killed could not clean up behind itself.
         self._loop.call_later(DEATH_S, remove_if_dead, self._folder)
 

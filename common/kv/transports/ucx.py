@@ -16,34 +16,26 @@ import asyncio
 import contextlib
 import importlib.util
 import os
-import secrets
 import socket
-import struct
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
-
-import structlog
+from typing import Any
 
 from common.errors import HandoffError
 from common.kv.budget import ByteBudget
 from common.kv.transports.base import FrameHandler, Offer
+from common.kv.transports.door import Door, knock, read_message, send_message
 from common.kv.transports.frames import (
     BODY_TIMEOUT_S,
     JOIN_BYTES,
     MAX_FRAME_BYTES,
-    WINDOW_FRAMES,
+    AheadServer,
     FrameLink,
     FrameServer,
     Head,
-    Tasks,
-    accept_links,
-    fill,
     new_frame,
 )
-from common.kv.transports.tcp import RECEIVE_BUDGET_BYTES, dial, listen_on, tune
-
-log = structlog.get_logger("transport")
+from common.kv.transports.one_ucx import claim
+from common.kv.transports.tcp import RECEIVE_BUDGET_BYTES
 
 # UCX's TCP sends 8 KiB at a time unless told otherwise, at a third of the speed. ucxx sets the
 # rendezvous threshold for GPUs; UCX's own choice is better for host memory.
@@ -55,18 +47,12 @@ TICK_S = 0.001
 LONGEST_TICK_S = 0.02
 # Events handled before the loop's other work gets its turn.
 TURNS = 64
-# Of which loading the library may take most.
-HELLO_S = 8.0
-NONCE_BYTES = 16
 MAX_ADDRESS_BYTES = 16 * 1024
 # A header, and a payload that is not worth a message of its own.
 MAX_INLINE_BYTES = 2 * JOIN_BYTES
 # A worker holds some 16 descriptors.
 MAX_LINKS = 64
 CLOSE_NS = 100_000_000
-_LENGTH = struct.Struct("<I")
-# The process that loaded the library, whose state is the process's.
-_loaded_in: int | None = None
 
 
 def missing() -> str | None:
@@ -83,10 +69,7 @@ class UcxTransport:
         self._ucx: _Ucx | None = None
         self._loading = asyncio.Lock()
         self._budget = ByteBudget(RECEIVE_BUDGET_BYTES)
-        self._nonce = secrets.token_bytes(NONCE_BYTES)
-        self._listener: socket.socket | None = None
-        self._accepting = Tasks()
-        self._serving = Tasks()
+        self._door = Door("ucx", MAX_LINKS)
 
     async def _load(self) -> "_Ucx":
         """UCX, on a thread: importing it takes a second. Raises HandoffError."""
@@ -101,77 +84,35 @@ class UcxTransport:
                     ) from error
             return self._ucx
 
-    # Receiver -----------------------------------------------------------------------------
-
     async def offer(self, host: str, on_frame: FrameHandler) -> Offer:
         """See SideTransport."""
-        self._listener = await listen_on(host, 0)
 
-        def start(sock: socket.socket) -> None:
-            if len(self._serving) >= MAX_LINKS:
-                log.warning("ucx_link_refused", links=MAX_LINKS)
-                sock.close()
-                return
-            tune(sock)
-            self._serving.spawn(self._serve(sock, on_frame))
-
-        self._accepting.spawn(accept_links(self._listener, start))
-        return {"port": str(self._listener.getsockname()[1]), "nonce": self._nonce.hex()}
-
-    async def _serve(self, sock: socket.socket, on_frame: FrameHandler) -> None:
-        loop = asyncio.get_running_loop()
-        worker = None
-        try:
-            async with asyncio.timeout(HELLO_S):
-                nonce = bytearray(NONCE_BYTES)
-                await fill(loop, sock, memoryview(nonce))
-                if not secrets.compare_digest(bytes(nonce), self._nonce):
-                    raise HandoffError("the peer knows another nonce")
-                worker = await _make_worker(await self._load())
-                address = worker.address
-                await loop.sock_sendall(sock, _LENGTH.pack(len(address)) + address)
-        except (OSError, EOFError, HandoffError) as error:  # TimeoutError is an OSError
-            log.warning("ucx_link_failed", error=str(error) or type(error).__name__)
-            if worker is not None:
+        async def welcome(sock: socket.socket) -> FrameServer:
+            worker = await _make_worker(await self._load())
+            try:
+                await send_message(sock, worker.address)
+                return _Served(sock, on_frame, worker, self._budget)
+            except BaseException:
                 worker.close()
-            sock.close()
-            return
-        await _Served(sock, on_frame, worker, self._budget).run()
+                raise
 
-    # Sender -------------------------------------------------------------------------------
+        return await self._door.open(host, welcome)
 
     async def open(self, host: str, offer: Offer) -> "UcxLink":
         """See SideTransport."""
-        try:
-            nonce = bytes.fromhex(offer.get("nonce", ""))
-        except ValueError as error:
-            raise HandoffError("the offer's nonce makes no sense") from error
-        peer = f"[{host}]:{offer.get('port')}" if ":" in host else f"{host}:{offer.get('port')}"
-        sock = await dial(peer)
-        worker = None
-        try:
-            async with asyncio.timeout(HELLO_S):
-                await asyncio.get_running_loop().sock_sendall(sock, nonce)
-                # Both sides load UCX at the same time, when it is the first link of both.
-                worker = await _make_worker(await self._load())
-                worker.connect(await _read_address(sock))
-        except BaseException as error:
-            if worker is not None:
+        async with knock("ucx", host, offer) as (peer, sock):
+            # Both sides load UCX at the same time, when it is the first link of both.
+            worker = await _make_worker(await self._load())
+            try:
+                worker.connect(await read_message(sock, MAX_ADDRESS_BYTES))
+                return UcxLink(peer, sock, worker)
+            except BaseException:
                 worker.close()
-            sock.close()
-            if isinstance(error, (OSError, EOFError)):  # TimeoutError is an OSError
-                reason = str(error) or f"no answer in {HELLO_S:g} s"
-                raise HandoffError(f"no UCX link to {peer}: {reason}") from error
-            raise
-        return UcxLink(peer, sock, worker)
+                raise
 
     async def close(self) -> None:
         """Stop accepting, end every accepted link."""
-        await self._accepting.cancel()
-        await self._serving.cancel()
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
+        await self._door.close()
         self._ucx = None
 
 
@@ -201,17 +142,8 @@ class UcxLink(FrameLink):
         self._worker.close()
 
 
-class _Coming(NamedTuple):
-    """A frame whose head is here; `whole` resolves when its payload is too."""
-
-    head: Head
-    frame: memoryview
-    whole: "asyncio.Future[None] | None"
-
-
-class _Served(FrameServer):
-    """The receiver's side of one connection. Heads are read ahead of the payloads, so that the end
-    of the connection is seen while a payload is awaited."""
+class _Served(AheadServer):
+    """The receiver's side of one connection."""
 
     def __init__(
         self, sock: socket.socket, on_frame: FrameHandler, worker: "_Worker", budget: ByteBudget
@@ -219,9 +151,6 @@ class _Served(FrameServer):
         super().__init__(sock, on_frame, MAX_FRAME_BYTES)
         self._worker = worker
         self._budget = budget
-        self._unhandled = 0  # bytes that the budget gave for frames that no handler has yet
-        self._coming: asyncio.Queue[_Coming] = asyncio.Queue(2 * WINDOW_FRAMES)
-        self._ordering = asyncio.create_task(self._handle_in_order())
 
     async def _take(self, head: Head) -> None:
         if head.extra > min(head.length, MAX_INLINE_BYTES):
@@ -237,43 +166,18 @@ class _Served(FrameServer):
         except BaseException:
             self._budget.give(head.length)
             raise
-        self._unhandled += head.length
-        self._coming.put_nowait(_Coming(head, frame, whole))
-
-    async def _handle_in_order(self) -> None:
-        """As the heads came."""
-        try:
-            while True:
-                head, frame, whole = await self._coming.get()
-                if whole is not None:
-                    async with asyncio.timeout(BODY_TIMEOUT_S):
-                        await whole
-                self._unhandled -= head.length
-                self._handle_soon(head, frame, partial(self._give_back, head.length))
-        except (OSError, HandoffError) as error:
-            log.warning("link_broke", error=str(error) or "a payload did not come")
-        finally:
-            self.hang_up()
-
-    def _give_back(self, length: int, _: bool) -> None:
-        self._budget.give(length)
+        self._handle_when_whole(head, frame, whole, lambda _: self._budget.give(head.length))
 
     async def _released(self) -> None:
-        self._ordering.cancel()
-        await asyncio.wait([self._ordering], timeout=1.0)
         self._worker.close()
-        self._budget.give(self._unhandled)
+        await super()._released()
 
 
 class _Ucx:
     """The library and one context of this process. Made on a thread."""
 
     def __init__(self) -> None:
-        global _loaded_in
-        if _loaded_in not in (None, os.getpid()):
-            # A child inherits the library's state without its threads: nothing would ever arrive.
-            raise RuntimeError("it was loaded before this process was forked; fork before that")
-        _loaded_in = os.getpid()
+        claim("ucx")
         # ucxx sets variables for GPUs when it is imported, and UCX complains of those it does not
         # know on a machine without one. They are the only way to tell it.
         os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
@@ -282,19 +186,6 @@ class _Ucx:
 
         self.api, self.array = api, Array
         self.context = api.UCXContext(CONFIG, (api.Feature.TAG, api.Feature.WAKEUP))
-
-
-async def _read_address(sock: socket.socket) -> bytes:
-    """The receiver's UCX address, as it sends it after the nonce."""
-    loop = asyncio.get_running_loop()
-    length = bytearray(_LENGTH.size)
-    await fill(loop, sock, memoryview(length))
-    (size,) = _LENGTH.unpack(length)
-    if size > MAX_ADDRESS_BYTES:
-        raise HandoffError(f"the peer's UCX address has {size} bytes")
-    address = bytearray(size)
-    await fill(loop, sock, memoryview(address))
-    return bytes(address)
 
 
 async def _make_worker(ucx: _Ucx) -> "_Worker":

@@ -17,22 +17,33 @@ import pytest
 
 from common.kv.transports import Link, SideTransport, TcpTransport
 from common.kv.transports.base import FrameHandler
+from common.kv.transports.nixl import NixlTransport
+from common.kv.transports.nixl import missing as nixl_missing
 from common.kv.transports.shm import ShmTransport
 from common.kv.transports.ucx import UcxTransport
 from common.kv.transports.ucx import missing as ucx_missing
 
 ROOT = Path(__file__).resolve().parents[3]
-SIDES: dict[str, Callable[[], SideTransport]] = {"shm": ShmTransport, "ucx": UcxTransport}
-NAMES = ("tcp", *SIDES)
+SIDES: dict[str, Callable[[], SideTransport]] = {
+    "shm": ShmTransport,
+    "ucx": UcxTransport,
+    "nixl": NixlTransport,
+}
+# nixl is tested in a process of its own: it cannot be in one with ucx.
+NAMES = tuple(os.environ.get("TRANSPORTS_UNDER_TEST", "tcp,shm,ucx").split(","))
 
 
-def need_ucx() -> None:
-    """Skip where the package is not installed; where all must run (CI), it must be."""
-    reason = ucx_missing()
+# Those that need a package.
+MISSING = {"ucx": ucx_missing, "nixl": nixl_missing}
+
+
+def need(name: str) -> None:
+    """Skip where the transport's package is not installed; where all must run (CI), it must be."""
+    reason = MISSING[name]() if name in MISSING else None
     if reason and os.environ.get("CI"):
         pytest.fail(f"{reason}; .ci/run installs it")
     if reason:
-        pytest.skip(f"{reason}: make install EXTRAS=dev,ucx")
+        pytest.skip(f"{reason}: make install EXTRAS=dev,{name}")
 
 
 class Inbox:
@@ -116,6 +127,13 @@ def mappings() -> int:
 def cpu_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50
+    )
 
 
 class Process:

@@ -4,31 +4,24 @@ import asyncio
 import contextlib
 import json
 import os
-import subprocess
-import sys
 import time
 
 import pytest
 
 from common.errors import HandoffError
 from common.kv.transports import DataPlane, plane
-from common.kv.transports.ucx import NONCE_BYTES, UcxTransport, missing
-from tests.kv.transports.support import ROOT, Inbox, Process, cpu_seconds, ends, need_ucx
+from common.kv.transports.door import NONCE_BYTES
+from common.kv.transports.ucx import UcxTransport, missing
+from tests.kv.transports.support import Inbox, Process, cpu_seconds, ends, need, python
 
 pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.fixture
 async def pair():
-    need_ucx()
+    need("ucx")
     async with ends("ucx") as pair:
         yield pair
-
-
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50
-    )
 
 
 def test_importing_the_transports_does_not_load_ucx():
@@ -49,7 +42,7 @@ def test_without_the_package_ucx_is_not_offered_and_the_log_says_why():
 
 
 async def test_between_machines_ucx_is_chosen_before_tcp(monkeypatch):
-    need_ucx()
+    need("ucx")
     monkeypatch.setattr(plane, "OPEN_S", 20.0)  # the library loads slowly on a busy machine
     receiver, sender = DataPlane(), DataPlane(["ucx", "tcp"])
     address = f"127.0.0.1:{await receiver.listen('127.0.0.1', 0, Inbox())}"
@@ -79,7 +72,7 @@ async def test_a_stranger_is_cut_off_before_ucx_hears_of_it(pair):
 async def test_a_sender_with_another_nonce_is_refused(pair):
     receiver, sender = pair
     offer = await receiver.listen(Inbox())
-    with pytest.raises(HandoffError, match="no UCX link to"):
+    with pytest.raises(HandoffError, match="no ucx link to"):
         await sender.open({**offer, "nonce": "00" * NONCE_BYTES})
     with pytest.raises(HandoffError, match="nonce makes no sense"):
         await sender.open({**offer, "nonce": "zz"})
@@ -115,7 +108,7 @@ async def test_waiting_for_an_answer_does_not_spin(pair):
 
 
 async def test_a_receiver_that_is_stopped_costs_the_sender_no_core():
-    need_ucx()
+    need("ucx")
     peer = Process("receive", "ucx")
     sender = UcxTransport()
     link = await sender.open("127.0.0.1", json.loads(await peer.line()))
@@ -135,7 +128,7 @@ async def test_a_receiver_that_is_stopped_costs_the_sender_no_core():
 
 
 def test_a_process_forked_from_one_that_used_ucx_is_told_so_and_takes_tcp():
-    need_ucx()
+    need("ucx")
     done = python(
         "import asyncio, os, sys\n"
         "from common.kv.transports import DataPlane, plane\n"

@@ -54,8 +54,10 @@ class KVConnector:
     def update_state_after_alloc(
         self, sequence: "Sequence", block_ids: list[int], num_external_tokens: int
     ) -> None:
-        """`block_ids` is the sequence's whole block table; the last `num_external_tokens` of the
-        tokens it covers are to be loaded."""
+        """`block_ids` is the sequence's block table; the last `num_external_tokens` of the tokens
+        it covers are to be loaded, 0 for none. They are all that the connector said it can load
+        or, where another connector failed and there are blocks for no more, the first of them:
+        then they end where `block_ids` ends, with a whole block."""
 
     def num_cached_tokens(self, sequence: "Sequence", num_loaded_tokens: int) -> int:
         """Of the tokens that were just loaded, those that a cache held, as opposed to those that

@@ -62,6 +62,7 @@ class FolderConnector(kv.KVConnector):
     ) -> None:
         end = self._found.pop(sequence.request_id, None)
         if end and num_external_tokens:
+            end = min(end, len(block_ids))
             first = end - num_external_tokens // self._size
             pages = self._loads[sequence.request_id] = block_ids[first:end]
             self._to_start.append((sequence.request_id, self._keys(sequence, end)[first:], pages))

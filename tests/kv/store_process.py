@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 class StoreProcess:
     """Started on construction, Ready when that returns."""
 
-    def __init__(self, *flags: str, port: int = 0):
+    def __init__(self, *flags: str, host: str = "127.0.0.1", port: int = 0):
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "services.kvstore.main", "--host", "127.0.0.1"),
+                *(sys.executable, "-m", "services.kvstore.main", "--host", host),
                 *("--port", str(port), "--exit-with-parent", *flags),
             ],
             cwd=ROOT,
@@ -32,7 +32,7 @@ class StoreProcess:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.port = until(self._ready_port, 20)
-        self.address = f"127.0.0.1:{self.port}"
+        self.address = f"{host}:{self.port}"
         self.channel = grpc.insecure_channel(self.address)
         self.stub = kvstore_pb2_grpc.KVStoreServiceStub(self.channel)
 

@@ -1,6 +1,7 @@
 """The store first, a handoff for the rest."""
 
 import asyncio
+import contextlib
 import random
 
 import pytest
@@ -12,6 +13,7 @@ from common.kv.connectors.handoff import HandoffReceiver
 from common.kv.connectors.store import StoreConnector, StoreSettings
 from common.kv.handoff import HandoffPolicy, PrefillCandidates
 from common.rpc.loop import LoopThread
+from tests.kv.fake_store import FakeStore
 from tests.kv.store_process import StoreProcess
 from tests.kv.support import CARD, PrefillWorker, Worker, until
 
@@ -38,8 +40,9 @@ def loop():
     loop.close()
 
 
-@pytest.fixture
-def decode(store, loop):
+@contextlib.contextmanager
+def deciding(loop, store: str):
+    """A decode worker with this store."""
     receiver = HandoffReceiver(
         incarnation="decode-1",
         model_card=lambda: CARD,
@@ -49,9 +52,15 @@ def decode(store, loop):
         loop=loop,
     )
     receiver.listen()
-    chain = ChainConnector([StoreConnector([store.address], loop=loop, settings=PATIENT), receiver])
+    chain = ChainConnector([StoreConnector([store], loop=loop, settings=PATIENT), receiver])
     yield Worker(chain)
     chain.shutdown()
+
+
+@pytest.fixture
+def decode(store, loop):
+    with deciding(loop, store.address) as worker:
+        yield worker
 
 
 @pytest.fixture
@@ -228,16 +237,72 @@ def test_what_one_member_failed_to_load_another_is_asked_for_once():
     assert b.asked == [0]
 
 
-def test_a_member_that_offers_more_than_there_are_blocks_for_is_not_asked_again():
+def test_a_member_that_offers_more_than_there_are_blocks_for_is_asked_for_those():
     a, b = Scripted(64), Scripted(0)
     worker = Worker(ChainConnector([a, b]))
     sequence = worker.submit("r", prompt_of(100, seed=5))
     worker.turn()
-    a.failed, a.done, b.tokens = {sequence.block_table[1]}, {"r"}, 49
-    worker._check_past = lambda sequence, length: None
+    blocks = list(sequence.block_table)
+    a.failed, a.done, b.tokens = {blocks[1]}, {"r"}, 83
+    worker.turn()
+    assert b.given[-1] == (blocks[:4], 48)
+    b.done = {"r"}
+    worker._check_past = lambda sequence, length: None  # nobody wrote a page
     worker.run("r")
-    assert worker.computed_tokens == 100 - 16
-    assert b.given == [(sequence.block_table, 0)] or b.given[0][1] == 0
+    assert worker.computed_tokens == 100 - 64
+
+
+@pytest.mark.parametrize("held", [200, 100], ids=["all-in-the-store", "a-part-of-it"])
+def test_what_the_store_lost_on_the_way_comes_by_handoff(loop, prefill, held):
+    """The second candidate sends it, the first being gone."""
+    prompt, fake, gone = prompt_of(200, seed=11), FakeStore(), PrefillWorker()
+    filling = Worker(StoreConnector([fake.address], settings=PATIENT))
+    filling.submit("fill", prompt[:held])
+    filling.run("fill")
+    until(lambda: len(fake._store) == held // 16)
+    served = []
+
+    async def stop_after_three(response):
+        served.append(response)
+        return response if len(served) <= 3 else None
+
+    fake.on_get = stop_after_three
+    with deciding(loop, fake.address) as decode:
+        decode.submit("meet", prompt_of(50, 12), transfer=PrefillCandidates((gone.address,)))
+        decode.run("meet")
+        gone.stop()
+        before = decode.computed_tokens
+        decode.submit("r", prompt, transfer=PrefillCandidates((gone.address, prefill.address)))
+        decode.run("r")
+        # With all in the store there are blocks for its 192 tokens, and the handoff fills those.
+        assert decode.computed_tokens - before == (8 if held == 200 else 1)
+        again = prefill.calls[-1]
+        assert (again.first_block, again.num_tokens) == (3, 192 if held == 200 else 199)
+        assert decode.connector.take_events()["loads_tried_again"] == 1
+        assert decode.idle()
+    filling.connector.shutdown()
+    fake.stop()
+
+
+def test_what_neither_the_store_nor_a_prefill_worker_brings_is_computed(loop):
+    prompt, fake = prompt_of(200, seed=13), FakeStore()
+    filling = Worker(StoreConnector([fake.address], settings=PATIENT))
+    filling.submit("fill", prompt)
+    filling.run("fill")
+    until(lambda: len(fake._store) == 12)
+
+    async def damaged(response):
+        response.frame = response.frame[:-1] + bytes([response.frame[-1] ^ 1])
+        return response
+
+    fake.on_get = damaged
+    with deciding(loop, fake.address) as decode:
+        decode.submit("r", prompt, transfer=PrefillCandidates(("127.0.0.1:1",)))
+        decode.run("r")
+        assert decode.computed_tokens == 200
+        assert decode.idle()
+    filling.connector.shutdown()
+    fake.stop()
 
 
 def test_what_no_prefill_worker_could_send_the_store_has_by_then(store, decode):

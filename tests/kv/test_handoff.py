@@ -12,6 +12,7 @@ from common.errors import Overloaded
 from common.kv.connectors import sender
 from common.kv.connectors.handoff import HandoffReceiver
 from common.kv.handoff import HandoffPolicy, PrefillCandidates
+from common.kv.transports import DataPlane
 from common.kv.wire import FRAME_OVERHEAD_BYTES
 from common.telemetry.tracing import Tracing, context_of, inject
 from tests.kv.support import BLOCK_SIZE, CARD, LAYOUT, PrefillWorker, Worker, until
@@ -426,6 +427,35 @@ def test_a_prefill_worker_that_dies_midway_costs_a_retry_and_nothing_else(prefil
     dying.stop()
     decode.run("r")
     assert decode.computed_tokens == 1
+    decode.connector.shutdown()
+
+
+@pytest.mark.parametrize("end", ["sender", "receiver"])
+def test_a_link_that_breaks_midway_is_replaced_by_the_next_transport_with_nothing_lost(end):
+    prefill = PrefillWorker(step_tokens=16)
+    decode = Worker(receiver(transport=DataPlane(["shm", "tcp"])))
+    prefill.worker.on_turn = lambda worker: time.sleep(0.01)
+    decode.submit("r", prompt_of(400), transfer=from_(prefill))
+    decode.turns_until(lambda: decode.connector._events["handoff_blocks_received"] > 3)
+    plane, loop = prefill.sender._transport, prefill.sender._loop
+    assert list(plane.links().values()) == ["shm"]
+    if end == "sender":
+        (peer,) = plane._peers.values()
+        loop.run(peer.link.close()).result(5)
+    else:
+        served = decode.connector._transport._sides["shm"]._serving
+        decode.connector._loop.run(served.cancel()).result(5)
+    decode.run("r")  # it checks every byte that attention reads
+    assert decode.computed_tokens == 1
+    assert len(prefill.calls) == 1
+    assert list(plane.links().values()) == ["tcp"]
+    events = decode.connector.take_events()
+    assert events["handoff_blocks_received"] == 25
+    assert events["handoffs_completed"] == 1
+    assert "handoff_attempts_failed" not in events
+    assert events["transport_frames_received_shm"] > 0
+    assert events["transport_frames_received_tcp"] > 0
+    prefill.stop()
     decode.connector.shutdown()
 
 

@@ -4,17 +4,13 @@ import asyncio
 import random
 import time
 
-import grpc
 import pytest
 
-from baton.v1 import kvstore_pb2, kvstore_pb2_grpc
-from common.faults import Faults
+from baton.v1 import kvstore_pb2
 from common.kv.connectors import store_client
 from common.kv.connectors.store import StoreConnector, StoreSettings
 from common.kv.wire import BlockRange, encode_block
-from common.rpc.loop import LoopThread
-from services.kvstore.servicer import KVStoreServicer
-from services.kvstore.store import BlockStore
+from tests.kv.fake_store import FakeStore
 from tests.kv.store_process import StoreProcess
 from tests.kv.support import LAYOUT, Worker, until
 
@@ -45,46 +41,6 @@ def worker_of():
     yield make
     for worker in made:
         worker.connector.shutdown()
-
-
-class FakeStore(KVStoreServicer):
-    """A store in this process, on a loop of its own, whose answers a test may change."""
-
-    def __init__(self):
-        super().__init__(BlockStore(1 << 28), Faults(""))
-        self.lookups = 0
-        self.on_lookup = self.on_get = self.on_put = None
-        self.loop = LoopThread("test-store")
-        self.loop.run(self._start()).result(10)
-
-    async def _start(self):
-        self.server = grpc.aio.server()
-        kvstore_pb2_grpc.add_KVStoreServiceServicer_to_server(self, self.server)
-        self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
-        await self.server.start()
-
-    async def LookupBlocks(self, request, context):
-        self.lookups += 1
-        if self.on_lookup is not None:
-            return await self.on_lookup(request)
-        return await super().LookupBlocks(request, context)
-
-    async def GetBlocks(self, request, context):
-        async for response in super().GetBlocks(request, context):
-            if self.on_get is not None:
-                response = await self.on_get(response)
-            if response is None:
-                return
-            yield response
-
-    async def PutBlocks(self, request_iterator, context):
-        if self.on_put is not None:
-            await self.on_put()
-        return await super().PutBlocks(request_iterator, context)
-
-    def stop(self):
-        self.loop.run(self.server.stop(0)).result(10)
-        self.loop.close()
 
 
 @pytest.fixture
@@ -206,6 +162,45 @@ def test_a_store_that_comes_back_is_used_again(worker_of, monkeypatch):
             return again.lookup(sequence.block_keys[0]) == 1
 
         until(saved, 15)
+
+
+def test_a_store_that_comes_back_under_another_address_is_found(worker_of, monkeypatch):
+    monkeypatch.setattr(store_client, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(store_client, "LONGEST_PAUSE_S", 0.05)
+    where, asked = {"127.0.0.1"}, []
+
+    async def resolve(spec: str) -> set[str]:  # a name server of this test's own
+        asked.append(spec)
+        return {f"{host}:{spec.rpartition(':')[2]}" for host in where}
+
+    monkeypatch.setattr(store_client, "resolve", resolve)
+    with StoreProcess() as process:
+        worker = worker_of(f"store.test:{process.port}")
+        sequence = worker.submit("a", prompt_of(100, seed=42))
+        worker.run("a")
+        until(lambda: process.lookup(*sequence.block_keys[:6]) == 6)
+        assert len(asked) == 1
+        process.kill()
+    with StoreProcess(host="127.0.0.2", port=process.port) as again:
+        where.clear()  # the name leads nowhere for a while
+        worker.submit("b", prompt_of(100, seed=43))
+        worker.run("b")
+        where.add("127.0.0.2")
+        numbers = iter(range(1000))
+
+        def saved() -> bool:
+            i = next(numbers)
+            sequence = worker.submit(f"c{i}", prompt_of(100, seed=200 + i))
+            worker.run(f"c{i}")
+            return again.lookup(sequence.block_keys[0]) == 1
+
+        until(saved, 15)
+        worker.connector.take_events()
+        found = len(asked)
+        worker.submit("d", prompt_of(100, seed=44))
+        worker.run("d")
+        assert len(asked) == found  # a store that answers is not looked for
+        assert worker.connector.take_events()["store_lookups"] == 1
 
 
 def test_a_slow_lookup_is_a_miss_in_time(fake, worker_of):

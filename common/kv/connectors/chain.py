@@ -34,8 +34,9 @@ class ChainConnector(KVConnector):
 
     A sequence is done loading when every member is; failed blocks are reported only then, so that
     the engine never computes into a block that another member still fills. Before that the members
-    are asked once more, but for the one that failed, from the first failed block on: what no
-    prefill worker could send, the store may have by now. A sequence is loaded
+    are asked once more, but for the one that failed, from the first failed block on: what the store
+    lost on the way a prefill worker can send, and what no prefill worker could send the store may
+    have by now. A sequence is loaded
     either between steps or within one, as the first member that has something of it says: members
     that load the other way are left out.
     """
@@ -184,7 +185,9 @@ class ChainConnector(KVConnector):
             if found is None:
                 return False
             # The sequence has blocks for what was to be loaded, and for no more.
-            if found and later and first * size + found <= covered:
+            if first * size + found > covered:
+                found = covered // size * size - first * size
+            if found > 0 and later:
                 end = -(-(first * size + found) // size)
                 member.update_state_after_alloc(share.sequence, share.block_ids[:end], found)
                 self._loads_again += 1

@@ -101,7 +101,8 @@ class HandoffReceiver(KVConnector):
         self._caches: KVCaches | None = None
         self._table: HandoffTable | None = None
         self._address = ""
-        self._tried: set[str] = set()
+        # Requests whose candidates all failed: nobody is asked for them again.
+        self._failed: set[str] = set()
         # Why a sequence that asked is prefilled here, until it is admitted; empty: it is not.
         self._here: dict[str, str] = {}
         self._to_start: list[Transfer] = []
@@ -187,7 +188,7 @@ class HandoffReceiver(KVConnector):
         addresses = sequence.request.transfer.addresses
         if not addresses or not self._address:
             return "no_candidates"
-        if sequence.request_id in self._tried:
+        if sequence.request_id in self._failed:
             return "handoff_failed"
         if lacking < max(1, self._policy.min_tokens):
             return "few_uncached_tokens"
@@ -198,18 +199,20 @@ class HandoffReceiver(KVConnector):
     ) -> None:
         why = self._here.pop(sequence.request_id, None)
         if num_external_tokens == 0:
-            if why is not None and sequence.request_id not in self._tried:
+            if why is not None and sequence.request_id not in self._failed:
                 self._say(sequence, why or "loaded_elsewhere")
             return
         caches = self._need_caches()
-        tokens = sequence.prompt_len - 1
-        first = (tokens - num_external_tokens) // caches.layout.block_size
-        self._tried.add(sequence.request_id)
+        size = caches.layout.block_size
+        # Less than the prompt where blocks lack: asked for what the store failed to load.
+        tokens = min(sequence.prompt_len - 1, len(block_ids) * size)
+        first = (tokens - num_external_tokens) // size
         transfer = Transfer(
             id=secrets.token_bytes(16),
             sequence=sequence,
             addresses=self.peers.in_order(sequence.request.transfer.addresses),
-            wanted=self._wanted(sequence, block_ids, first),
+            wanted=self._wanted(sequence, block_ids, first, tokens),
+            tokens=tokens,
             total=caches.layout.blocks_for(tokens),
             started=time.monotonic(),
         )
@@ -226,12 +229,12 @@ class HandoffReceiver(KVConnector):
         return min(cached, num_loaded_tokens)
 
     def _wanted(
-        self, sequence: "Sequence", block_ids: list[int], first_block: int
+        self, sequence: "Sequence", block_ids: list[int], first_block: int, num_tokens: int
     ) -> list[WantedBlock]:
-        """The blocks from `first_block` on that the prompt without its last token covers."""
+        """The blocks from `first_block` on that the prompt's first `num_tokens` cover."""
         caches = self._need_caches()
         size = caches.layout.block_size
-        tokens = sequence.request.prompt_token_ids[:-1]
+        tokens = sequence.request.prompt_token_ids[:num_tokens]
         keys = covering_keys(tokens, size, caches.fingerprint, sequence.request.tenant)
         return [
             WantedBlock(i, block_ids[i], keys[i], min(size, len(tokens) - i * size))
@@ -248,7 +251,7 @@ class HandoffReceiver(KVConnector):
                 self._begin(transfer)
 
     def request_finished(self, sequence: "Sequence", block_ids: list[int]) -> bool:
-        self._tried.discard(sequence.request_id)
+        self._failed.discard(sequence.request_id)
         self._here.pop(sequence.request_id, None)
         self._done.discard(sequence.request_id)
         self._cached_tokens.pop(sequence.request_id, None)
@@ -355,7 +358,7 @@ class HandoffReceiver(KVConnector):
                 lease_ms=max(1, int(lease_s * 1000)),
             ),
             token_ids=request.prompt_token_ids,
-            num_tokens=len(request.prompt_token_ids) - 1,
+            num_tokens=transfer.tokens,
             first_block=first_block,
             tenant=request.tenant,
             max_tokens_ahead=self._policy.max_tokens_ahead,
@@ -424,6 +427,7 @@ class HandoffReceiver(KVConnector):
         missing = self._need_table().fail(transfer.id) or transfer.wanted
         self._failed_blocks.update(block.block_id for block in missing)
         self._done.add(transfer.request_id)
+        self._failed.add(transfer.request_id)
         self._events["handoffs_failed"] += 1
         self._say(transfer.sequence, "pool_loaded" if transfer.all_loaded else "handoff_failed")
         self._release(transfer, reason)

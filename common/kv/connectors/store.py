@@ -190,7 +190,7 @@ class StoreConnector(KVConnector):
         lookup = self._lookups.pop(sequence.request_id, None)
         if num_external_tokens == 0 or lookup is None or not lookup.matched:
             return
-        end = lookup.matched
+        end = min(lookup.matched, len(block_ids))
         first = end - num_external_tokens // self._need_caches().layout.block_size
         load = _Load(
             sequence.request_id, lookup.client, lookup.keys[first:end], block_ids[first:end]

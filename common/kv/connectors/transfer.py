@@ -28,6 +28,8 @@ class Transfer:
     """One handoff as the engine's thread knows it.
 
     addresses   the prefill workers to ask
+    tokens      of the prompt, from the first on, whose KV is wanted here or is here
+    total       blocks of those tokens
     all_loaded  those asked so far refused because they have too much to do
     """
 
@@ -35,6 +37,7 @@ class Transfer:
     sequence: "Sequence"
     addresses: tuple[str, ...]
     wanted: list[WantedBlock]
+    tokens: int
     total: int
     started: float
     attempt: int = 0

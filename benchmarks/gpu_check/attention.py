@@ -7,11 +7,14 @@ import torch
 
 from benchmarks.gpu_check.report import Report
 from common.engine.cache import KVCache
+from common.engine.config import RopeConfig
 from common.engine.kernels.triton.activation import silu_mul
 from common.engine.kernels.triton.decode_attention import decode_attention
+from common.engine.kernels.triton.kv_write import write_kv
 from common.engine.kernels.triton.norm import rms_norm
 from common.engine.kernels.triton.prefill_attention import prefill_attention
 from common.engine.kernels.triton.quantize import quantize, quantize_blocks
+from common.engine.layers import rope_table
 from common.engine.quantization.scheme import Activation
 from common.kv.layout import KVLayout
 
@@ -29,6 +32,8 @@ def run(report: Report) -> None:
         decode(report, copy)
     with report.guard("moving bytes"), torch.inference_mode():
         movers(report, copy)
+    with report.guard("KV writes"), torch.inference_mode():
+        writes(report, copy)
     with report.guard("prefill attention"), torch.inference_mode():
         prefill(report)
 
@@ -95,6 +100,28 @@ def movers(report: Report, copy: float) -> None:
     for name, call, moved in rows:
         rate = moved / report.seconds([call] * 4)
         report.line(f"{name}, {n} rows: {rate / 1e9:.0f} GB/s, {rate / copy:.0%} of copy")
+
+
+def writes(report: Report, copy: float) -> None:
+    """RoPE, e4m3 and the write to pages, and what comes into that kernel by option or model."""
+    n = 8192 if report.gpu else 20
+    payload, scales, table = make_pages(report, "fp8_e4m3", 1, n)
+    dtype = torch.bfloat16 if report.gpu else torch.float32
+    qkv = report.random(n, HEADS + 2 * KV_HEADS, DIM, dtype=dtype)
+    weight = report.random(HEADS + KV_HEADS, DIM, dtype=dtype)
+    at = torch.arange(n, device=report.device)
+    slots = table[0].long()[at // BLOCK] * BLOCK + at % BLOCK
+    rope = tuple(x.to(report.device) for x in rope_table(RopeConfig(), DIM, n))
+    # qkv read, Q and e4m3 K and V written.
+    moved = n * DIM * (qkv.element_size() * (2 * HEADS + 2 * KV_HEADS) + 2 * KV_HEADS)
+    for name, how in (
+        ("RoPE and KV write", {}),
+        ("the same, Q and K rotated", {"rotate": True}),
+        ("the same, Q and K normed", {"qk_norm": (weight, 1e-5)}),
+    ):
+        call = partial(write_kv, qkv, rope, at, slots, payload, scales, **how)
+        rate = moved / report.seconds([call] * 4)
+        report.line(f"{name}, {n} tokens: {rate / 1e9:.0f} GB/s, {rate / copy:.0%} of copy")
 
 
 def prefill(report: Report) -> None:

@@ -24,10 +24,14 @@ EPS = 1e-5
 # Of a result rounded once to the compute dtype, and of sums of rounded products.
 ROUNDED, SUMMED = 4e-3, 6e-3
 QUANTIZED = 2e-2  # of an attention over values with 4 significant bits
+MULTIPLIED = 6e-2  # where Q and the probabilities have 4 too
 
 
 def run(report: Report) -> None:
-    parts = (encoding, quantization, norms, rotation, products, attention, sampling, invariance)
+    parts = (
+        encoding, quantization, norms, rotation, products, kv_writes, attention, fp8_attention,
+        sampling, invariance,
+    )  # fmt: skip
     for part in parts:
         with report.guard(part.__name__), torch.inference_mode():
             part(report)
@@ -134,6 +138,20 @@ def spread(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return values.double() * wide
 
 
+def kv_writes(report: Report) -> None:
+    """Q, K and V normed, turned, rotated, quantized and put into their pages by one kernel."""
+    sizes = ((4, 2, 64),) if report.tiny else ((32, 8, 128), (4, 2, 256))
+    for heads, kv_heads, d in sizes:
+        weight = report.random(heads + kv_heads, d).abs()
+        for rotate in (False, True):
+            paged = Paged(report, heads, kv_heads, d, "fp8_e4m3", [None], rotate_qk=rotate)
+            norm = weight.to(paged.dtype), EPS
+            for name, actual, expected in paged.written(9 if report.tiny else 500, norm):
+                label = f"{name}, heads of {d}, normed{', rotated' if rotate else ''}"
+                # A rounding that falls the other way moves a value of e4m3 by a sixteenth.
+                report.close(label, actual, expected, ROUNDED if name == "Q" else 2 * ROUNDED)
+
+
 def attention(report: Report) -> None:
     """KV written and attended to by the Triton kernels, and by the reference in float32."""
     small = ((3, 4), (20, 20), (18, 1))
@@ -146,6 +164,21 @@ def attention(report: Report) -> None:
                 for window, actual, expected in paged.attend(sizes):
                     label = f"attention, {kind}, {heads}/{kv_heads} heads of {d}, {kv_dtype}"
                     report.close(f"{label}, window {window}", actual, expected, QUANTIZED)
+
+
+def fp8_attention(report: Report) -> None:
+    """Products in e4m3, and what a rotation does for them where Q and K have outliers."""
+    heads, kv_heads, d = (4, 2, 64) if report.tiny else (32, 8, 128)
+    sizes = [(20, 20), (18, 5)] if report.tiny else [(700, 700), (2049, 2049), (300, 44), (65, 1)]
+    for outliers, rotate in ((1.0, False), (6.0, False), (6.0, True)):
+        paged = Paged(
+            report, heads, kv_heads, d, "fp8_e4m3", [None, 64], rotate_qk=rotate, outliers=outliers
+        )
+        for products, bound in ((False, QUANTIZED), (True, MULTIPLIED)):
+            label = f"attention, {'e4m3 products, ' if products else ''}outliers x {outliers:g}"
+            label += ", rotated" if rotate else ""
+            for window, actual, expected in paged.attend(sizes, products):
+                report.close(f"{label}, window {window}", actual, expected, bound)
 
 
 def sampling(report: Report) -> None:

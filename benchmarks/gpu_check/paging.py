@@ -6,8 +6,9 @@ from benchmarks.gpu_check.report import Report
 from common.engine.batch import Batch
 from common.engine.cache import KVCache
 from common.engine.config import RopeConfig
-from common.engine.kernels.reference import ReferenceOps
+from common.engine.kernels.reference import ReferenceOps, read_kv
 from common.engine.kernels.triton.ops import TritonOps
+from common.engine.kernels.triton.prefill_attention import prefill_attention
 from common.engine.layers import rope_table
 from common.kv.layout import KVLayout
 
@@ -15,7 +16,10 @@ BLOCK = 16
 
 
 class Paged:
-    """One layer's cache for each window; every byte that no token has is NaN."""
+    """One layer's cache for each window; every byte that no token has is NaN.
+
+    outliers  two channels of every head of Q and K are so many times as large as the others
+    """
 
     def __init__(
         self,
@@ -25,9 +29,13 @@ class Paged:
         d: int,
         kv_dtype: str,
         windows: list[int | None],
+        *,
         batch_invariant: bool = False,
+        rotate_qk: bool = False,
+        outliers: float = 1.0,
     ) -> None:
         self.report = report
+        self.rotate_qk, self.outliers = rotate_qk, outliers
         self.heads, self.windows = heads, windows
         # The interpreter cannot do bfloat16, the pages nothing between it and float32.
         self.dtype = torch.bfloat16 if report.gpu else torch.float32
@@ -35,6 +43,7 @@ class Paged:
         self.ops = TritonOps(
             report.device,
             batch_invariant=batch_invariant,
+            rotate_qk=rotate_qk,
             multiprocessors=None if report.gpu else 1,
         )
         tables = rope_table(RopeConfig(), d, 8192)
@@ -74,14 +83,21 @@ class Paged:
         return ops.prepare(batch, cache, self.heads, tuple(self.windows), self.rope)
 
     def qkv(self, n: int) -> torch.Tensor:
-        rows = self.heads + 2 * self.layout.num_kv_heads
-        return self.report.random(n, rows, self.layout.head_dim, dtype=self.dtype)
+        kv_heads = self.layout.num_kv_heads
+        qkv = self.report.random(
+            n, self.heads + 2 * kv_heads, self.layout.head_dim, dtype=self.dtype
+        )
+        qkv[:, :-kv_heads, :2] *= self.outliers
+        return qkv
 
     def attend(
-        self, sizes: list[tuple[int, int]]
+        self, sizes: list[tuple[int, int]], fp8_products: bool = False
     ) -> list[tuple[int | None, torch.Tensor, torch.Tensor]]:
         """Window, result and the reference's result, for each window. The tokens before the
-        step's are written first, by a step of their own."""
+        step's are written first, by a step of their own.
+
+        fp8_products  the option of `prefill_attention`
+        """
         sizes = [(context, min(queries, context)) for context, queries in sizes]
         batch, blocks = self.batch(sizes)
         before, _ = self.batch([(context, context) for context, _ in sizes])
@@ -94,7 +110,7 @@ class Paged:
         slot_mapping = torch.tensor(slots, device=self.report.device)
         before.slot_mapping.copy_(slot_mapping)
         cache, results = self.cache(blocks), []
-        reference = ReferenceOps()
+        reference = ReferenceOps(self.rotate_qk)
         for layer, window in enumerate(self.windows):
             self.ops.write_kv(
                 self.qkv(len(slots)), cache, layer, self.step(self.ops, before, cache)
@@ -104,12 +120,40 @@ class Paged:
             wide.data.copy_(cache.data)
             step = self.step(self.ops, batch, cache)
             q = self.ops.write_kv(qkv.clone(), cache, layer, step)
-            actual = self.ops.attention(q, cache, layer, step)
+            if fp8_products:
+                actual = self.multiply_e4m3(q, cache, layer, batch)
+            else:
+                actual = self.ops.attention(q, cache, layer, step)
             step = self.step(reference, batch, wide)
             # Pages as the reference writes them from the same rows, read in float32.
             q = reference.write_kv(qkv.clone(), wide, layer, step)
             results.append((window, actual, reference.attention(q.float(), wide, layer, step)))
         return results
+
+    def multiply_e4m3(
+        self, q: torch.Tensor, cache: KVCache, layer: int, batch: Batch
+    ) -> torch.Tensor:
+        lengths = (batch.query_start, batch.context_len)
+        start, context = (
+            torch.tensor(x, dtype=torch.int32, device=self.report.device) for x in lengths
+        )
+        return prefill_attention(
+            q, cache.payload[layer], cache.scales[layer], batch.block_table, start, context,
+            scale=q.shape[-1] ** -0.5, window=self.windows[layer], fp8_products=True,
+        )  # fmt: skip
+
+    def written(
+        self, tokens: int, qk_norm: tuple[torch.Tensor, float] | None
+    ) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Q, K and V as the Triton kernel writes them, and as the reference does."""
+        batch, blocks = self.batch([(tokens, tokens)])
+        qkv, told = self.qkv(tokens), []
+        for ops in (self.ops, ReferenceOps(self.rotate_qk)):
+            cache = self.cache(blocks)
+            q = ops.write_kv(qkv.clone(), cache, 0, self.step(ops, batch, cache), qk_norm)
+            kv = read_kv(cache, 0, batch.block_table[0].long(), torch.float32)
+            told.append((q, *(x[:, :tokens] for x in kv)))
+        return [(name, *pair) for name, *pair in zip("QKV", *told, strict=True)]
 
     def cut_and_whole(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The last query of a prompt, computed by itself and with all the others."""

@@ -4,14 +4,16 @@ import os
 import subprocess
 import sys
 
+from benchmarks.gpu_check.__main__ import SECTIONS
+
 # What the engine's other parts need and a GPU machine may lack.
 ABSENT = ("structlog", "pydantic", "grpc_health", "grpc_status", "opentelemetry", "openai")
-BLOCKER = f"""
+BLOCKER = """
 import sys
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {ABSENT!r}:
+        if name.split(".")[0] in {absent!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Blocker())
@@ -33,9 +35,22 @@ def test_a_machine_without_a_cuda_device_is_told_so():
 
 
 def test_every_section_runs_with_the_packages_of_a_gpu_machine(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(BLOCKER)
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER.format(absent=ABSENT))
     run = gpu_check("--device", "cpu", "--tiny", path=tmp_path)
     print(run.stdout, run.stderr)
     assert run.returncode == 0
     assert "FAILED" not in run.stdout
-    assert "4 sections, all right" in run.stdout
+    assert "5 sections, all right" in run.stdout
+    served, peer = run.stdout.split("== serving")[1].split("== transformers")
+    assert served.count("output tokens/s") == peer.count("output tokens/s") == 2
+
+
+def test_without_transformers_there_is_nothing_to_compare_with(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER.format(absent=("transformers",)))
+    run = gpu_check("--device", "cpu", "--tiny", "--section", "transformers", path=tmp_path)
+    assert run.returncode == 0
+    assert "transformers is not installed" in run.stdout
+
+
+def test_the_sections_together_may_take_less_than_eight_minutes():
+    assert sum(limit for _, limit in SECTIONS.values()) < 480

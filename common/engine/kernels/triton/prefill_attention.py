@@ -65,7 +65,7 @@ def prefill_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     compute = compute_type(q.dtype, fp8)
     eight = fp8 and fp8_products
-    rows, tile, warps, stages = tile_config(d, group, compute, fp8)
+    rows, tile, warps, stages = tile_config(d, group, compute, fp8, eight)
     sequences = len(context_len)
     if n == 0:
         return out
@@ -90,18 +90,25 @@ def prefill_attention(
     return out
 
 
-def tile_config(d: int, group: int, compute: tl.dtype, fp8: bool) -> tuple[int, int, int, int]:
+def tile_config(
+    d: int, group: int, compute: tl.dtype, fp8: bool, fp8_products: bool = False
+) -> tuple[int, int, int, int]:
     """Rows (queries times heads of a group) and keys of a tile, warps and pipeline stages.
 
     Two warpgroups of 64 rows each; 3 stages are two buffers of K and V, and 5 where scales and
     conversions make the chain of a tile longer. e4m3 takes registers to convert, V also to be
     transposed: smaller tiles. So does float32, which is multiplied without tensor cores.
+
+    e4m3 heads over 128 have 64 rows. One warpgroup converts each key once for them, where two would
+    do so twice; a multiprocessor holds two such thread blocks. With `fp8_products` one has not the
+    registers.
     """
     rows = max(64 if fp8 and d > 128 else 128, triton.next_power_of_2(group))
     if compute == tl.float32:
         return max(16, triton.next_power_of_2(group)), 16 if fp8 and d > 128 else 32, 8, 3
     if fp8:
-        return rows, 64 if d <= 128 else 32, 8, 5
+        warps = 4 if rows == 64 and not fp8_products else 8
+        return rows, 64 if d <= 128 else 32, warps, 5
     return rows, 128 if d <= 128 else 64, 8, 3
 
 

@@ -1,4 +1,5 @@
-"""Bytes into pages and out of them; on the engine's thread only."""
+"""Bytes into pages and out of them; on the engine's thread only. What is on a GPU goes through
+pinned host memory, which its copy engines read and write by themselves."""
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ def write_page(cache: torch.Tensor, block_id: int, payload: memoryview) -> None:
     """Copy a block's bytes into its page. cache: uint8 [num_blocks, block_bytes], written."""
     # frombuffer wants a buffer that could be written, whether or not anybody does.
     writable = bytearray(payload) if payload.readonly else payload
-    cache[block_id].copy_(torch.frombuffer(writable, dtype=torch.uint8))
+    cache[block_id].copy_(_for_device(torch.frombuffer(writable, dtype=torch.uint8), cache.device))
 
 
 def copy_pages(cache: torch.Tensor, block_ids: list[int]) -> list[memoryview]:
@@ -85,10 +86,19 @@ def write_layers(
             # numpy copies rows whole; torch's indexing goes byte by byte, 20 times slower.
             cache.numpy()[list(block_ids), part] = columns
         else:
-            cache[list(block_ids), part] = torch.from_numpy(columns.copy()).to(cache.device)
+            host = torch.from_numpy(columns.copy())
+            cache[list(block_ids), part] = _for_device(host, cache.device)
 
 
 def _rows(cache: torch.Tensor, block_ids: list[int], part: slice) -> np.ndarray:
     if cache.device.type == "cpu":
         return cache.numpy()[block_ids, part]
-    return cache[block_ids, part].cpu().numpy()
+    rows = cache[block_ids, part]
+    host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
+    return host.copy_(rows).numpy()
+
+
+def _for_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)

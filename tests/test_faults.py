@@ -11,8 +11,8 @@ from common.faults import Faults
 from tests.support.mesh import Mesh
 
 HANDOFF = (
-    "seed=5 handoff.send:drop=0.03 handoff.send:delay=0.1,0.05 handoff.send:duplicate=0.1 "
-    "handoff.send:reorder=0.1 handoff.send:truncate=0.05 handoff.send:flip=0.05"
+    "seed=5 handoff.send:drop=0.03 handoff.send:delay=0.1,0.05 handoff.send:duplicate=0.2 "
+    "handoff.send:reorder=0.1 handoff.send:truncate=0.1 handoff.send:flip=0.2"
 )
 STORE = "seed=6 store.get:flip=0.1 store.get:truncate=0.1 store.get:drop=0.05"
 

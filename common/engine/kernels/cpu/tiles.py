@@ -5,14 +5,15 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import binding, ir
-from numba.core import types
+from numba.core import config, types
 from numba.extending import intrinsic, overload
 
 from common.engine.kernels.cpu import emit, simd
 from common.engine.kernels.cpu.emit import LANES, vector
 
-# AVX-512's own products of bfloat16.
-HAS_BFLOAT16 = bool(binding.get_host_cpu_features().get("avx512bf16"))
+# AVX-512's own products of bfloat16. Numba can be told to compile for another CPU than this one.
+_FOR_THIS_CPU = config.CPU_NAME is None and config.CPU_FEATURES is None
+HAS_BFLOAT16 = _FOR_THIS_CPU and bool(binding.get_host_cpu_features().get("avx512bf16"))
 
 
 @intrinsic(prefer_literal=True)

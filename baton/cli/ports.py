@@ -1,11 +1,14 @@
 """TCP ports of this machine: which are free, and which to take."""
 
 import errno
+import secrets
 import socket
 from collections.abc import Iterator
 
 FIRST_INTERNAL = 7100
 LOOPBACK = "127.0.0.1"
+CHOICE = range(10_000, 32_768)
+_given: set[int] = set()
 
 
 def is_free(port: int, host: str = LOOPBACK) -> bool:
@@ -22,11 +25,18 @@ def is_free(port: int, host: str = LOOPBACK) -> bool:
     return True
 
 
-def any_free(host: str = LOOPBACK) -> int:
-    """A free port of the system's choice."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+def any_free() -> int:
+    """A free port of loopback that this process was not given before.
+
+    It is below those that the system gives to outgoing connections (from 32768 on Linux), so that
+    no connection takes it before a server listens there.
+    """
+    start = secrets.randbelow(len(CHOICE))
+    for port in (*CHOICE[start:], *CHOICE[:start]):
+        if port not in _given and is_free(port):
+            _given.add(port)
+            return port
+    raise OSError(errno.EADDRINUSE, f"every port of {CHOICE.start} to {CHOICE.stop - 1} is in use")
 
 
 def internal_ports(taken: set[int]) -> Iterator[int]:

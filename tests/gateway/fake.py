@@ -15,10 +15,11 @@ from pathlib import Path
 import httpx
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from baton.cli.ports import any_free
 from baton.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from common.rpc.loop import LoopThread
 from common.rpc.server import RpcServer
-from tests.support.mesh import ROOT, free_port, wait_until
+from tests.support.mesh import ROOT, wait_until
 
 SPECIALS = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
 END = 0
@@ -204,7 +205,7 @@ class GatewayProcess:
     """`python -m services.gateway.main` with its log kept as lines."""
 
     def __init__(self, model: Path, decode: str, *flags: str, wait_ready: bool = True):
-        self.http_port, self.grpc_port = free_port(), free_port()
+        self.http_port, self.grpc_port = any_free(), any_free()
         self.url = f"http://127.0.0.1:{self.http_port}"
         # Reading the CA bundle, which plain HTTP has no use for, costs more than all else here.
         self.client = httpx.Client(base_url=self.url, timeout=20, verify=False)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from baton.cli.ports import any_free
 from baton.v1 import common_pb2, worker_pb2
 from tests.gateway.conftest import chat, completion, sse_events
 from tests.gateway.fake import (
@@ -19,7 +20,7 @@ from tests.gateway.fake import (
     say,
     say_then_hang,
 )
-from tests.support.mesh import ROOT, free_port, wait_until
+from tests.support.mesh import ROOT, wait_until
 
 
 @contextlib.contextmanager
@@ -87,7 +88,7 @@ def test_a_request_whose_worker_goes_away_gives_the_same_tokens_from_another(mod
 
 def test_a_killed_worker_is_followed_mid_stream(model):
     one = FakeDecode(say_then_hang([40, 41]))
-    two = FakeDecode(say([END]), port=free_port())
+    two = FakeDecode(say([END]), port=any_free())
     two.kill()
     later = None
     spec = f"{one.address},{two.address}"
@@ -122,7 +123,7 @@ def test_a_request_follows_only_so_many_lost_workers(model, resumes):
 
 
 def test_without_a_worker_requests_are_503_and_the_gateway_is_alive_but_not_ready(model):
-    gateway = GatewayProcess(model, f"127.0.0.1:{free_port()}", wait_ready=False)
+    gateway = GatewayProcess(model, f"127.0.0.1:{any_free()}", wait_ready=False)
     try:
         assert gateway.client.get("/health").status_code == 200
         assert gateway.client.get("/ready").status_code == 503

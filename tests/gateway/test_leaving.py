@@ -10,6 +10,7 @@ import threading
 import grpc
 import pytest
 
+from baton.cli.ports import any_free
 from baton.v1 import common_pb2, inference_pb2_grpc, worker_pb2
 from baton.v1 import inference_pb2 as pb
 from common.rpc.probe import probe
@@ -24,7 +25,7 @@ from tests.gateway.fake import (
     say_then_hang,
 )
 from tests.gateway.test_failures import count_on, mesh
-from tests.support.mesh import free_port, wait_until
+from tests.support.mesh import wait_until
 
 
 def accepts(port: int) -> bool:
@@ -161,7 +162,7 @@ def test_a_worker_that_refuses_is_asked_again_only_after_it_was_seen_ready(model
 
 
 def test_a_request_that_finds_no_worker_waits_for_one_to_come(model):
-    port, fake = free_port(), None
+    port, fake = any_free(), None
     gateway = GatewayProcess(model, f"127.0.0.1:{port}", wait_ready=False)
     try:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:

@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from baton.cli.ports import any_free
 from baton.v1 import worker_pb2
 from common.errors import InvalidRequest, Unavailable
 from common.kv.connectors.peers import PASS_OVER_S, Peer, Peers
@@ -12,7 +13,6 @@ from common.kv.transports import DataPlane
 from common.kv.wire import ENVELOPE_VERSION
 from common.rpc.loop import LoopThread
 from tests.kv.support import CARD, PrefillWorker, until
-from tests.support.mesh import free_port
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -99,7 +99,7 @@ def test_a_worker_that_does_not_fit_is_refused_with_both_values_and_passed_over(
 def test_a_worker_whose_test_transfer_fails_is_not_met(loop, peers, prefill, data_address):
     refuse = Peers(GrpcPrefill(), lambda: peers._introduce())
     introduction = peers._introduce()
-    introduction.data_address = f"127.0.0.1:{free_port()}"
+    introduction.data_address = f"127.0.0.1:{any_free()}"
     refuse._introduce = lambda: introduction
     with pytest.raises(Exception, match="cannot connect"):
         loop.run(refuse.meet(prefill.address)).result(10)
@@ -109,7 +109,7 @@ def test_a_worker_whose_test_transfer_fails_is_not_met(loop, peers, prefill, dat
 
 
 def test_who_does_not_answer_comes_last_for_a_while(loop, peers, prefill):
-    gone = f"127.0.0.1:{free_port()}"
+    gone = f"127.0.0.1:{any_free()}"
     with pytest.raises(Unavailable):
         loop.run(peers.meet(gone)).result(10)
     assert peers.in_order([gone, prefill.address]) == (prefill.address, gone)
@@ -135,7 +135,7 @@ def test_a_prefill_worker_that_forgot_the_decode_worker_is_met_again_and_asked_a
 
 
 def test_the_first_meeting_waits_for_a_worker_to_come_up_and_gives_up_in_time(loop, peers):
-    port = free_port()
+    port = any_free()
     spec = f"127.0.0.1:{port}"
     started = time.monotonic()
     assert loop.run(peers.meet_first(spec, 0.6)).result(10) is False

@@ -1,18 +1,12 @@
 """The containers' health check: Ready is exit code 0, anything else is 1 and a reason."""
 
 import asyncio
-import socket
 
 from aiohttp import web
 
+from baton.cli.ports import any_free
 from common.rpc.probe import main, probe
 from common.rpc.server import RpcServer
-
-
-def closed_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return held.getsockname()[1]
 
 
 async def test_a_grpc_service_is_ready_only_while_it_says_serving():
@@ -50,7 +44,7 @@ async def test_an_http_service_is_ready_only_when_it_answers_200():
 
 
 def test_where_nothing_listens_the_reason_is_said(capsys):
-    port = closed_port()
+    port = any_free()
     assert main([f"127.0.0.1:{port}", "--timeout-s", "2"]) == 1
     assert "UNAVAILABLE" in capsys.readouterr().err
     assert main([f"http://127.0.0.1:{port}/ready", "--timeout-s", "2"]) == 1

@@ -9,7 +9,8 @@ from typing import Self
 
 import httpx
 
-from tests.support.mesh import ROOT, Mesh, free_port, wait_until
+from baton.cli.ports import any_free
+from tests.support.mesh import ROOT, Mesh, wait_until
 
 CONFIG = ROOT / "deploy" / "haproxy.cfg"
 HAPROXY = shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
@@ -27,7 +28,7 @@ class Balancer:
 
     def __init__(self, mesh: Mesh, folder: Path) -> None:
         self._folder = folder
-        self.http_port, self.grpc_port, self._stats_port = free_port(), free_port(), free_port()
+        self.http_port, self.grpc_port, self._stats_port = any_free(), any_free(), any_free()
         ports = {"BATON_HTTP": self.http_port, "BATON_GRPC": self.grpc_port}
         for number, (http, grpc) in enumerate(mesh.gateway_ports, 1):
             ports[f"BATON_GATEWAY_{number}_HTTP"] = http

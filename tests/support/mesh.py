@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,15 +13,10 @@ from typing import Any, Self
 
 import httpx
 
+from baton.cli.ports import any_free
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "models" / "baton-tiny"
-
-
-def free_port() -> int:
-    """A port of the loopback interface that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_until(condition: Callable[[], Any], deadline_s: float, what: str) -> Any:
@@ -77,8 +71,8 @@ class Mesh:
     args: dict[str, list[str]] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
     services: list[Service] = field(default_factory=list)
-    http_port: int = field(default_factory=free_port)
-    grpc_port: int = field(default_factory=free_port)
+    http_port: int = field(default_factory=any_free)
+    grpc_port: int = field(default_factory=any_free)
     # HTTP and gRPC of each gateway, the two above first.
     gateway_ports: list[tuple[int, int]] = field(default_factory=list)
     # One client: building one for each poll costs more than the poll.
@@ -105,9 +99,9 @@ class Mesh:
         self.close()
 
     def _start_all(self) -> None:
-        stores = [free_port() for _ in range(self.kvstore)]
-        prefills = [free_port() for _ in range(self.prefill)]
-        decodes = [free_port() for _ in range(self.decode)]
+        stores = [any_free() for _ in range(self.kvstore)]
+        prefills = [any_free() for _ in range(self.prefill)]
+        decodes = [any_free() for _ in range(self.decode)]
         for port in stores:
             self.start("kvstore", port)
         store_flags = ["--kvstore", spec(stores)] if stores else []
@@ -117,7 +111,7 @@ class Mesh:
         for port in decodes:
             self.start("decode", port, *store_flags, *peer_flags)
         self.gateway_ports = [(self.http_port, self.grpc_port)]
-        self.gateway_ports += [(free_port(), free_port()) for _ in range(1, self.gateways)]
+        self.gateway_ports += [(any_free(), any_free()) for _ in range(1, self.gateways)]
         for ports in self.gateway_ports:
             self._start_gateway(ports, prefills, decodes, stores)
         wait_until(self.ready, 90, f"mesh Ready (logs in {self.folder})")

@@ -8,6 +8,7 @@ import time
 import grpc
 import pytest
 
+from baton.cli.ports import any_free
 from baton.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from common.errors import HandoffError, InvalidRequest
 from common.kv.handoff import Verdict
@@ -17,7 +18,6 @@ from common.rpc.channel import connect
 from common.rpc.errors import from_rpc_error
 from common.rpc.loop import LoopThread
 from tests.engine.zoo import VOCAB, checkpoint, random_prompt
-from tests.support.mesh import free_port
 from tests.workers.support import GatewaySession, is_greedy, new_trace, until
 
 
@@ -343,7 +343,7 @@ async def test_a_process_that_was_not_met_is_refused_and_so_is_a_bad_introductio
 
 
 async def test_a_decode_worker_is_ready_after_a_test_transfer_with_a_prefill_worker(start, model):
-    port = free_port()
+    port = any_free()
     decode = start("decode", flags=("--prefill", f"127.0.0.1:{port}"), ready=False)
     await until(lambda: decode.events("loaded"), "decode loaded", 60)
     assert decode.events("ready") == []

@@ -146,6 +146,7 @@ class Session:
                 "prompt.tokens": len(submit.token_ids),
                 "worker.id": self._host.worker_id,
                 "gateway.id": self.gateway_id,
+                "tenant": submit.tenant,
             },
         )
 

@@ -44,14 +44,25 @@ def parse_trace_id(text: str) -> bytes:
     return bytes.fromhex(text)
 
 
-async def trace(fleet: Fleet, tracing: Tracing, trace_id: bytes) -> dict[str, Any] | None:
-    """The trace's spans of this gateway and of every worker, by start time; None without any."""
+async def trace(
+    fleet: Fleet, tracing: Tracing, trace_id: bytes, tenant: str
+) -> dict[str, Any] | None:
+    """The trace's spans of this gateway and of every worker, by start time; None without any. A
+    tenant sees those of its own requests only: anybody may send another's trace id."""
     found = {span.span_id: span for span in await fleet.spans(trace_id)}
     found |= {span.span_id: span for span in tracing.spans(trace_id)}
-    if not found:
+    shown = [span for span in found.values() if not tenant or _tenant_of(span, found) == tenant]
+    if not shown:
         return None
-    ordered = sorted(found.values(), key=lambda span: (span.start_unix_ns, span.end_unix_ns))
+    ordered = sorted(shown, key=lambda span: (span.start_unix_ns, span.end_unix_ns))
     return {"trace_id": trace_id.hex(), "spans": [_span_json(span) for span in ordered]}
+
+
+def _tenant_of(span: pb.SpanRecord | None, spans: dict[bytes, pb.SpanRecord]) -> str:
+    """Whose request a span is part of: the first span of a process's part of it says so."""
+    while span is not None and "tenant" not in span.attributes:
+        span = spans.get(span.parent_span_id)
+    return "" if span is None else span.attributes["tenant"]
 
 
 def _span_json(span: pb.SpanRecord) -> dict[str, Any]:

@@ -190,7 +190,6 @@ class Generation:
         usage = self.usage
         for name in ("prompt_tokens", "completion_tokens", "cached_tokens"):
             self._scope.span.set_attribute(name, getattr(usage, name))
-        self._scope.span.set_attribute("tenant", self._scope.tenant)
         self._scope.span.set_attribute("attempts", max(c.attempts for c in self.choices))
         seconds = time.monotonic() - self._scope.started_s
         reasons = [choice.finish_reason for choice in self.choices]

@@ -180,7 +180,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         status = grpc.StatusCode.OK
         try:
             await context.send_initial_metadata(tuple(scope.headers().items()))
-            scope.tenant = self._tenants.tenant_of(metadata.get("authorization"))
+            scope.belong_to(self._tenants.tenant_of(metadata.get("authorization")))
             self._check_size(request)
             with self._presence.busy():
                 yield scope

@@ -114,7 +114,7 @@ class HttpFront:
             traceparent=request.headers.get("traceparent", ""),
             tracestate=request.headers.get("tracestate", ""),
         )
-        scope.tenant = request[TENANT]
+        scope.belong_to(request[TENANT])
         request[SCOPE] = scope
         failure: BaseException | None = None
         try:
@@ -248,7 +248,7 @@ class HttpFront:
 
     async def _debug_trace(self, request: web.Request) -> web.Response:
         trace_id = debug.parse_trace_id(request.match_info["id"])
-        found = await debug.trace(self._fleet, self._tracing, trace_id)
+        found = await debug.trace(self._fleet, self._tracing, trace_id, request[TENANT])
         if found is None:
             raise web.HTTPNotFound(text=f"no spans of trace {trace_id.hex()} are held here")
         return _json(found)

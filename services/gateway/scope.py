@@ -35,6 +35,11 @@ class RequestScope:
     def remaining_s(self) -> float:
         return self.deadline - time.monotonic()
 
+    def belong_to(self, tenant: str) -> None:
+        """Whose request this is, once that is known."""
+        self.tenant = tenant
+        self.span.set_attribute("tenant", tenant)
+
     def headers(self) -> dict[str, str]:
         """What the response says of the request."""
         traceparent, _ = inject(self.context)

@@ -70,6 +70,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
                 "prompt.tokens": request.num_tokens,
                 "handoff.id": request.handoff.id.hex(),
                 "worker.id": self._host.worker_id,
+                "tenant": request.tenant,
             },
         )
         job = partial(_engine_request, request, decode, context.time_remaining(), span)

@@ -177,6 +177,24 @@ def test_a_prompt_is_expected_to_be_cached_for_who_sent_it_only(gateway, worker)
     assert [expected(key) for key in (ACME, ACME_NEW, ZETA, ZETA)] == ["0", "96", "0", "96"]
 
 
+def test_a_trace_is_shown_to_whose_requests_are_in_it_and_only_those(gateway, worker):
+    parent = {"traceparent": f"00-{'5' * 32}-{'6' * 16}-01"}  # the same of both
+
+    def spans(key: str) -> tuple[int, list[dict]]:
+        answer = gateway.client.get(f"/debug/traces/{'5' * 32}", headers=bearer(key))
+        return answer.status_code, answer.json().get("spans", [])
+
+    gateway.client.post(CHAT, json=chat(), headers=bearer(ZETA) | parent).raise_for_status()
+    assert spans(ACME)[0] == 404
+    gateway.client.post(CHAT, json=chat(), headers=bearer(ACME) | parent).raise_for_status()
+    (status, own), (_, others) = spans(ACME), spans(ZETA)
+    assert status == 200
+    for seen, tenant in ((own, "acme"), (others, "zeta")):
+        assert {"gateway.request", "gateway.route"} <= {span["name"] for span in seen}
+        assert {span["attributes"].get("tenant", tenant) for span in seen} == {tenant}
+    assert not {span["span_id"] for span in own} & {span["span_id"] for span in others}
+
+
 def test_usage_is_told_by_tenant_for_those_of_the_file_only(gateway, worker):
     def told() -> dict[str, float]:
         lines = gateway.client.get("/metrics").text.splitlines()

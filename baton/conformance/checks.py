@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from baton.conformance.driven import BLOCK_SIZE, LOOK_S, VOCAB, DrivenWorker
+from baton.conformance.driven import BLOCK_SIZE, LOOK_S, TOKEN, VOCAB, DrivenWorker
 from common.engine.sequence import Phase
 from common.kv.connector import KVConnector
 
@@ -116,6 +116,29 @@ def many_requests_at_once_get_each_its_own_kv(subject: Subject) -> None:
                 assert worker.run(f"r{i}", 2 * PATIENCE_S).finish_reason == "length"
 
 
+def steps_begun_before_the_tokens_of_the_last_are_known_change_nothing(subject: Subject) -> None:
+    """Some requests stop when nobody foresaw it, some are aborted, some preempted. What is found of
+    theirs later, generated tokens among it, is right."""
+    shared = prompt_of(40)
+    prompts = [shared + prompt_of(5 + 9 * i) for i in range(8)]
+    for blocks in (128, 32):
+        with subject.worker(num_blocks=blocks, ahead=True) as worker:
+            for i, prompt in enumerate(prompts):
+                # The third time the token of a step in vain fills a block.
+                stops = (0, 9, BLOCK_SIZE + -len(prompt) % BLOCK_SIZE, 27)[i % 4]
+                fields = {"max_tokens": 40, "stops_after": stops, "transfer": subject.transfer}
+                worker.submit(f"r{i}", prompt, **fields)
+                worker.submit(f"gone{i}", prompt, **fields)
+            for i in range(len(prompts)):
+                worker.turn()
+                worker.abort(f"gone{i}")
+            ends = [worker.run(f"r{i}", 2 * PATIENCE_S).finish_reason for i in range(len(prompts))]
+            assert ends == ["stop" if i % 4 else "length" for i in range(len(prompts))], ends
+    with subject.worker(ahead=True) as second:
+        for i, prompt in enumerate(prompts):
+            subject.ask(second, [*prompt, *[TOKEN] * 40], f"again{i}")
+
+
 def a_load_that_fails_is_computed(subject: Subject) -> None:
     """Both before a request comes and while its load is under way."""
     if subject.spoil is None:
@@ -201,6 +224,7 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     kv_of_another_tenant_or_model_is_never_loaded,
     many_requests_at_once_get_each_its_own_kv,
     an_abort_lets_go_of_the_blocks_and_nothing_late_touches_them,
+    steps_begun_before_the_tokens_of_the_last_are_known_change_nothing,
     it_wakes_the_engine_when_there_is_something_to_collect,
     its_counters_are_counts_by_name,
     shutdown_leaves_no_thread_and_no_descriptor,

@@ -19,7 +19,14 @@ from common.engine.blocks import BlockManager
 from common.engine.limits import SchedulerConfig
 from common.engine.sampling_params import SamplingParams
 from common.engine.scheduler import Scheduler
-from common.engine.sequence import EngineRequest, RequestOutput, Sampled, Sequence, StepPlan
+from common.engine.sequence import (
+    UNKNOWN_TOKEN,
+    EngineRequest,
+    RequestOutput,
+    Sampled,
+    Sequence,
+    StepPlan,
+)
 from common.kv.connector import KVCaches, KVConnector
 from common.kv.layout import KVLayout
 
@@ -32,6 +39,8 @@ VECTORS = 2 * LAYOUT.num_kv_heads
 VECTOR_BYTES, SCALE_BYTES = LAYOUT.head_dim, 4
 FINGERPRINT = b"fingerprint-of-1"
 VOCAB = 1000
+# What every step chooses, but where a request is to stop.
+TOKEN, EOS = 1, VOCAB - 1
 # How often a worker looks after its connector though nobody woke it.
 LOOK_S = 0.05
 
@@ -51,6 +60,8 @@ class DrivenWorker:
     """An engine's turn, driven by hand. Raises AssertionError when a step would read wrong KV.
 
     step_tokens      most tokens of a step
+    ahead            begin a step before the one before it has landed, as the engine does where it
+                     steps ahead
     block_size       tokens in a page, all else as in LAYOUT
     computed_tokens  so far
     on_turn          called after each turn
@@ -60,6 +71,7 @@ class DrivenWorker:
     connector: KVConnector
     num_blocks: int = 64
     step_tokens: int = 64
+    ahead: bool = False
     fingerprint: bytes = FINGERPRINT
     block_size: int = BLOCK_SIZE
     outputs: dict[str, list[RequestOutput]] = field(default_factory=dict)
@@ -82,7 +94,10 @@ class DrivenWorker:
             vocab_size=VOCAB,
             max_num_batched_tokens=self.step_tokens,
             fingerprint=self.fingerprint,
+            eos_token_ids=(EOS,),
         )
+        self._stops: dict[str, int] = {}
+        self._flight: StepPlan | None = None
         self.connector.register_kv_caches(
             KVCaches(self.cache, layout, self.fingerprint, self.woken.set)
         )
@@ -94,43 +109,65 @@ class DrivenWorker:
         prompt: list[int],
         *,
         max_tokens: int = 1,
+        stops_after: int = 0,
         transfer: Any = None,
         **fields: Any,
     ) -> Sequence:
-        """Queue a request; `fields` are EngineRequest's."""
+        """Queue a request, which nobody foresees to stop after `stops_after` tokens, 0 for never;
+        `fields` are EngineRequest's."""
+        self._stops[request_id] = len(prompt) + stops_after
         params = SamplingParams(temperature=0, max_tokens=max_tokens)
         request = EngineRequest(request_id, prompt, params, transfer=transfer, **fields)
         return self.scheduler.add(request, 0, time.monotonic())
 
-    def turn(self) -> StepPlan:
-        """One turn as the engine makes it."""
+    def turn(self) -> bool:
+        """One turn as the engine makes it. False: there was nothing to do."""
+        flight, self._flight = self._flight, None
         plan = self.scheduler.schedule(time.monotonic())
         meta = self.connector.build_connector_meta(plan if plan.sequences else None)
         self.connector.start_load_kv(meta)
+        self._begin(plan)
+        if flight is not None:
+            self._land(flight)
         if plan.sequences:
-            self._step(plan)
-        else:
-            self._keep(self.scheduler.take_outputs())
+            self.connector.wait_for_save()
+            if self.ahead and not plan.loading:
+                self.scheduler.assume(plan)
+                self._flight = plan
+            else:
+                self._land(plan)
+        self._keep(self.scheduler.take_outputs())
         self.scheduler.check()
         if self.on_turn is not None:
             self.on_turn(self)
-        return plan
+        return flight is not None or bool(plan.sequences)
 
-    def _step(self, plan: StepPlan) -> None:
-        rows = list(zip(plan.sequences, plan.start, plan.scheduled, strict=True))
-        for layer in range(LAYOUT.num_layers):
+    def _begin(self, plan: StepPlan) -> None:
+        rows = _rows(plan)
+        for layer in range(LAYOUT.num_layers if rows else 0):
             self.connector.wait_for_layer_load(layer)
             self._compute(rows, layer)
             self.connector.save_kv_layer(layer)
             if self.on_layer is not None:
                 self.on_layer(layer)
-        self.connector.wait_for_save()
-        failed = self.connector.get_block_ids_with_load_errors()
-        for sequence, start, count in rows:
-            self.computed_tokens += count
-            if not failed.intersection(sequence.block_table):
-                self._check_past(sequence, start)
-        self._keep(self.scheduler.update(plan, [Sampled(1)] * sum(plan.sampled), failed))
+        self.computed_tokens += plan.num_tokens
+        # What is loaded within a step is told to be bad only when it lands.
+        for sequence, start, _ in rows if not plan.loading else ():
+            self._check_past(sequence, start)
+
+    def _land(self, plan: StepPlan) -> None:
+        failed: set[int] = set()
+        if plan.loading:
+            failed = self.connector.get_block_ids_with_load_errors()
+            for sequence, start, _ in _rows(plan):
+                if not failed.intersection(sequence.block_table):
+                    self._check_past(sequence, start)
+        sampled = [
+            Sampled(EOS if start + count + 1 == self._stops[sequence.request_id] else TOKEN)
+            for (sequence, start, count), wanted in zip(_rows(plan), plan.sampled, strict=True)
+            if wanted
+        ]
+        self._keep(self.scheduler.update(plan, sampled, failed))
 
     def run(self, request_id: str, seconds: float = 10.0, *, woken: bool = False) -> RequestOutput:
         """Turns until the request ended; its last output.
@@ -142,7 +179,7 @@ class DrivenWorker:
             outputs = self.outputs.get(request_id, [])
             if outputs and outputs[-1].finish_reason is not None:
                 return outputs[-1]
-            if not self.turn().sequences:
+            if not self.turn():
                 self.woken.wait(seconds if woken else LOOK_S)
                 self.woken.clear()
         raise AssertionError(f"{request_id} did not end within {seconds} s")
@@ -152,7 +189,7 @@ class DrivenWorker:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"not true within {seconds} s"
-            if not self.turn().sequences:
+            if not self.turn():
                 self.woken.wait(LOOK_S)
                 self.woken.clear()
 
@@ -180,6 +217,8 @@ class DrivenWorker:
 
     def _kv_of(self, sequence: Sequence, position: int) -> np.ndarray:
         tokens = sequence.token_ids[: position + 1]
+        # The step knows what the one before it chose.
+        tokens = [TOKEN if token == UNKNOWN_TOKEN else token for token in tokens]
         return kv_of(tokens, sequence.request.tenant, self.fingerprint)
 
     def _compute(self, rows: list[Row], layer: int) -> None:
@@ -196,3 +235,7 @@ class DrivenWorker:
             assert np.array_equal(found, self._kv_of(sequence, position)), (
                 f"{sequence.request_id}: wrong KV at position {position}"
             )
+
+
+def _rows(plan: StepPlan) -> list[Row]:
+    return list(zip(plan.sequences, plan.start, plan.scheduled, strict=True))

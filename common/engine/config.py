@@ -281,7 +281,7 @@ class EngineConfig:
     kernels                 auto | reference | cpu | triton: which implementation of the model's
                             operations; auto takes the fastest that is exact on this machine
     async_scheduling        prepare the next step while this one runs, where no request's penalties
-                            or connector need its tokens first; None: on a GPU
+                            need its tokens first; None: on a GPU
     threads                 torch threads; None: torch's own choice
     tensor_parallel         processes that compute each step together, the engine's own among them;
                             they share the threads

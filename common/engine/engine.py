@@ -9,10 +9,10 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 import torch
@@ -28,6 +28,7 @@ from common.engine.sequence import EngineRequest, Phase, RequestOutput, Sequence
 from common.errors import BatonError, InvalidRequest, Overloaded, Unavailable
 from common.kv.connector import KVCaches, KVConnector
 
+T = TypeVar("T")
 log = structlog.get_logger("engine")
 
 # A step that breaks may be one request's doing; so many in a row are the machine's.
@@ -116,8 +117,6 @@ class Engine:
         self._sampler = Sampler(self.runner.model_config.eos_token_ids, self.runner.choose)
         self._thread: threading.Thread | None = None
         self._failures = 0
-        # A connector may name blocks by their tokens before these are known.
-        self._ahead = self.runner.steps_ahead and connector is None
         self._flight: _Flight | None = None
         self._connector_counters: Counter[str] = Counter()
         # Shared between threads: all below, under the condition's lock.
@@ -285,28 +284,18 @@ class Engine:
             self._end_all(self.failure.result())
             return False
         flight, self._flight = self._flight, None
-        plan: StepPlan | None = None
         outputs: list[RequestOutput] = []
-        try:
-            plan = self._scheduler.schedule(time.monotonic())
-            started = self._launch(plan, flight)
-            if flight is not None:
-                outputs += self._land(flight)
-            if started is not None and self._may_go_on(plan):
-                self._scheduler.assume(plan)
-                self._flight = started
-            elif started is not None:
-                outputs += self._land(started)
-            outputs += self._scheduler.take_outputs()
-            if plan.sequences:
-                self._failures = 0
-        except Exception as error:
-            # The worker must outlive one bad step: its requests end with the error.
-            self._on_failure([p for p in (flight and flight.plan, plan) if p], error)
-            outputs += self._scheduler.take_outputs()
+        plan = self._attempt((), lambda: self._scheduler.schedule(time.monotonic()))
+        begun = plan and self._attempt(plan.sequences, lambda: self._launch(plan, flight))
+        if flight is not None:
+            outputs += self._attempt(flight.plan.sequences, lambda: self._land(flight)) or ()
+        if begun is not None:
+            outputs += self._attempt(begun.plan.sequences, lambda: self._go_on(begun)) or ()
+        outputs += self._scheduler.take_outputs()
         self._connector_counters.update(self._guard(self._connector.take_events) or {})
         self._tell(outputs)
-        return bool(outputs) or bool(plan and plan.sequences)
+        # A step that landed may have made room for who waits, though it gave nobody anything.
+        return bool(outputs) or flight is not None or bool(plan and plan.sequences)
 
     def _launch(self, plan: StepPlan, flight: _Flight | None) -> _Flight | None:
         """Start a step; `flight` is the one before it where that is not done. None: no step."""
@@ -319,21 +308,35 @@ class Engine:
         if flight is not None and flight.draw is not None:
             take_tokens(batch, plan, flight.sampled, flight.draw.tokens)
         logits = self.runner.forward(batch, connector)
-        connector.wait_for_save()
         sampled = [s for s, wanted in zip(plan.sequences, plan.sampled, strict=True) if wanted]
         draw = self._sampler.draw(logits[: len(sampled)], sampled) if sampled else None
         return _Flight(plan, logits[len(sampled) :], sampled, draw)
 
+    def _go_on(self, flight: _Flight) -> list[RequestOutput]:
+        """What follows a step's start, once the step before it has landed: the tokens that this
+        one computes are known now, so that connectors can name blocks by them."""
+        self._connector.wait_for_save()
+        if not self._may_go_on(flight.plan):
+            return self._land(flight)
+        self._scheduler.assume(flight.plan)
+        self._flight = flight
+        return []
+
     def _land(self, flight: _Flight) -> list[RequestOutput]:
         """Wait for a step and take what it gave."""
-        failed = self._connector.get_block_ids_with_load_errors()
-        told = prompt_logprobs(flight.prompt_logits, flight.plan)
+        plan = flight.plan
+        # Blocks that failed between steps are collected between steps: those told of now are this
+        # step's only if it loads some, and then no other is under way.
+        failed = self._connector.get_block_ids_with_load_errors() if plan.loading else ()
+        told = prompt_logprobs(flight.prompt_logits, plan)
         results = [] if flight.draw is None else flight.draw.results()
-        return self._scheduler.update(flight.plan, results, failed, told)
+        outputs = self._scheduler.update(plan, results, failed, told)
+        self._failures = 0
+        return outputs
 
     def _may_go_on(self, plan: StepPlan) -> bool:
         """Whether the next step can be prepared without knowing this one's tokens."""
-        if not self._ahead or plan.loading or any(plan.prompt_rows):
+        if not self.runner.steps_ahead or plan.loading or any(plan.prompt_rows):
             return False
         pairs = zip(plan.sequences, plan.sampled, strict=True)
         return not any(wanted and s.request.params.processed for s, wanted in pairs)
@@ -367,24 +370,23 @@ class Engine:
 
     # Failures ------------------------------------------------------------------------------
 
-    def _on_failure(self, plans: list[StepPlan], error: Exception) -> None:
-        self._failures += 1
-        self._scheduler.counters["step_failures"] += 1
-        log.exception(
-            "step_failed",
-            requests=[len(plan.sequences) for plan in plans],
-            failures_in_a_row=self._failures,
-        )
-        # What broke is in the log; internals are no caller's business.
-        told = error
-        if not isinstance(error, BatonError):
-            told = BatonError("a step of the engine failed; the worker's log says why")
-            told.__cause__ = error
-        sequences = dict.fromkeys(s for plan in plans for s in plan.sequences)
-        if sequences:
-            self._end([s.request_id for s in sequences if s.phase is not Phase.FINISHED], told)
-        else:  # nothing says whose fault it was
-            self._end(self._scheduler.request_ids(), told)
+    def _attempt(self, sequences: Collection[Sequence], call: Callable[[], T]) -> T | None:
+        """Do a part of a step; None when it breaks. The worker must outlive that: `sequences` end
+        with the error, or all, where nothing says whose fault it was."""
+        try:
+            return call()
+        except Exception as error:
+            self._failures += 1
+            self._scheduler.counters["step_failures"] += 1
+            live = [s.request_id for s in sequences if s.phase is not Phase.FINISHED]
+            log.exception("step_failed", requests=len(live), failures_in_a_row=self._failures)
+            # What broke is in the log; internals are no caller's business.
+            told = error
+            if not isinstance(error, BatonError):
+                told = BatonError("a step of the engine failed; the worker's log says why")
+                told.__cause__ = error
+            self._end(live if sequences else self._scheduler.request_ids(), told)
+            return None
 
     def _end_all(self, error: Exception | None) -> None:
         """None: they are cancelled."""

@@ -44,6 +44,7 @@ _NOTHING: Mapping[Seq, tuple[TokenLogprobs, ...]] = {}
 
 COUNTERS = (
     "steps",
+    "steps_ahead",
     "prompt_tokens",
     "generated_tokens",
     "preemptions",
@@ -219,6 +220,7 @@ class Scheduler:
         plan's. Not for plans with loads or prompt rows: what they lead to is known only later.
         """
         self._assumed = plan
+        self.counters["steps_ahead"] += 1
         for sequence, count, sampled in zip(
             plan.sequences, plan.scheduled, plan.sampled, strict=True
         ):
@@ -243,7 +245,8 @@ class Scheduler:
         prompt_logprobs  of the plan's prompt_rows, or the error that ends a sequence
         """
         self._failed_blocks.update(failed_blocks)
-        spoiled = self._undo_failed_loads()
+        # Of two steps under way only the later one may load: its loads are not this one's.
+        spoiled = self._undo_failed_loads() if plan.loading else ()
         results = iter(sampled)
         for sequence, count, wanted in zip(
             plan.sequences, plan.scheduled, plan.sampled, strict=True
@@ -463,6 +466,7 @@ class Scheduler:
             deadline = sequence.request.deadline
             if deadline is not None and now >= deadline:
                 self.counters["deadline_exceeded"] += 1
+                _drop_unknown(sequence)
                 where = sequence.phase.value
                 if sequence.phase is Phase.FINISHED:
                     where = "sending its KV"

@@ -11,8 +11,20 @@ Order of calls in one turn of the engine:
   get_num_new_matched_tokens, update_state_after_alloc   for each sequence that asks to be admitted
   build_connector_meta, start_load_kv               begin loads, tell the worker side of the step
   wait_for_layer_load, save_kv_layer                around each layer (a connector may ignore them)
+  request_finished                                  of sequences that the step before has ended
   wait_for_save                                     the step's KV is in the pages
   request_finished                                  before the blocks of a sequence are released
+
+Where the engine steps ahead (`async_scheduling`), a step is begun before the tokens of the one
+before it are known. Until its `wait_for_save` the last of a sequence's token_ids may be
+UNKNOWN_TOKEN, and the sequence may end: it is FINISHED then and has no blocks, and what the step
+computed for it is nobody's. In `wait_for_save`, in `request_finished` and where a sequence asks to
+be admitted all tokens are known.
+
+On a GPU a step may be under way whenever one of these is called. What is put on the current stream
+of the engine's thread, as all of pages.py is, comes after it: a copy holds what the step wrote, and
+a page that was given to another is written after its last owner's step. A connector that moves
+bytes in another way waits for an event that it recorded on that stream.
 """
 
 from collections.abc import Callable
@@ -65,7 +77,8 @@ class KVConnector:
         return num_loaded_tokens
 
     def build_connector_meta(self, plan: "StepPlan | None") -> Any:
-        """What the worker side needs for this step; None plan when only loads are pending."""
+        """What the worker side needs for this step; None plan when only loads are pending. The
+        last token of a sequence may be UNKNOWN_TOKEN."""
         return None
 
     def request_finished(self, sequence: "Sequence", block_ids: list[int]) -> bool:
@@ -97,7 +110,8 @@ class KVConnector:
         """After a layer's KV of this step is in the pages, that of all ranks."""
 
     def wait_for_save(self) -> None:
-        """After the step: everything to be saved was copied or is held by request_finished."""
+        """After the step: everything to be saved was copied or is held by request_finished. Those
+        of its sequences that are FINISHED have no blocks any more."""
 
     def get_finished(self, finished_request_ids: set[str]) -> tuple[set[str], set[str]]:
         """Ids of the requests done sending and of those done loading since the last call."""

@@ -56,6 +56,9 @@ class WorkerSettings(ServiceSettings):
     kernels: str = Field(
         "auto", description="auto, reference, cpu or triton: the kernels of the model"
     )
+    async_scheduling: bool | None = Field(
+        None, description="prepare the next step while this one runs; unset: on a GPU"
+    )
     threads: int | None = Field(None, description="torch threads; unset: torch's own choice")
     faults: str = Field(
         "", description="faults on purpose, for tests of failures; see docs/reliability.md"
@@ -125,6 +128,7 @@ class WorkerSettings(ServiceSettings):
             prefix_caching=self.prefix_caching,
             device=self.device,
             kernels=self.kernels,
+            async_scheduling=self.async_scheduling,
             threads=self.threads,
             tensor_parallel=self.tensor_parallel,
             batch_invariant=self.batch_invariant,

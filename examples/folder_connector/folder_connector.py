@@ -39,8 +39,7 @@ class FolderConnector(kv.KVConnector):
         self._done, self._failed = set[str](), set[int]()
 
     def register_kv_caches(self, caches: kv.KVCaches) -> None:
-        self._caches = caches
-        self._size = caches.layout.block_size
+        self._caches, self._size = caches, caches.layout.block_size
 
     def get_num_new_matched_tokens(
         self, sequence: kv.Sequence, num_computed_tokens: int
@@ -54,7 +53,6 @@ class FolderConnector(kv.KVConnector):
             self._found[sequence.request_id] = None
             self._pool.submit(self._look, sequence.request_id, self._keys(sequence, blocks))
         found = self._found[sequence.request_id]
-        # None: asked again after the next wake.
         return None if found is None else max(0, found * self._size - num_computed_tokens), True
 
     def update_state_after_alloc(
@@ -79,6 +77,8 @@ class FolderConnector(kv.KVConnector):
     def wait_for_save(self) -> None:
         step, self._step = self._step, []
         for sequence, start, count in step:
+            if sequence.phase is kv.Phase.FINISHED:
+                continue  # it ended with the step before: it has no pages any more
             first, end = start // self._size, (start + count) // self._size
             pages = kv.copy_pages(self._caches.cache, sequence.block_table[first:end])
             for key, page in zip(self._keys(sequence, end)[first:], pages, strict=True):

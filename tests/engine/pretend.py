@@ -8,7 +8,7 @@ from common.engine.blocks import BlockManager
 from common.engine.limits import SchedulerConfig
 from common.engine.sampling_params import SamplingParams
 from common.engine.scheduler import Scheduler
-from common.engine.sequence import EngineRequest, Sampled
+from common.engine.sequence import UNKNOWN_TOKEN, EngineRequest, Phase, Sampled
 from common.kv.connector import KVConnector
 
 VOCAB = 1000
@@ -42,9 +42,14 @@ def request(request_id, prompt, *, max_tokens=8, deadline=None, prefill=None, te
 
 
 class PretendEngine:
-    """Scheduler, block pool and the pretended model, stepped by hand."""
+    """Scheduler, block pool and the pretended model, stepped by hand.
 
-    def __init__(self, *, num_blocks=100, connector=None, model=next_token, **settings):
+    ahead  a step lands, and computes, only after the next one was planned
+    """
+
+    def __init__(
+        self, *, num_blocks=100, connector=None, model=next_token, ahead=False, **settings
+    ):
         defaults = {
             "block_size": 4,
             "max_model_len": 200,
@@ -59,6 +64,7 @@ class PretendEngine:
         self.connector = connector or KVConnector()
         self.scheduler = Scheduler(self.config, self.blocks, self.connector)
         self.model = model
+        self.ahead, self.flight = ahead, None
         self.pages = {}  # (block, offset) -> prefix
         self.connector.register_kv_caches(self)
         self.outputs = []
@@ -70,27 +76,39 @@ class PretendEngine:
         return self.scheduler.add(request(*args, **kwargs), seed=0, now=self.now)
 
     def step(self):
+        flight, self.flight = self.flight, None
         plan = self.scheduler.schedule(self.now)
         self.connector.build_connector_meta(plan)
         assert plan.num_tokens <= self.config.max_num_batched_tokens
         assert len(plan.sequences) <= self.config.max_num_seqs
+        begun = plan, [list(sequence.block_table) for sequence in plan.sequences]
+        if flight is not None:
+            self.land(*flight)
+        if self.ahead and plan.sequences and not plan.loading:
+            self.scheduler.assume(plan)
+            self.flight = begun
+        else:
+            self.land(*begun)
+        self.scheduler.check()
+        return plan
+
+    def land(self, plan, tables):
+        """The device writes only now, into the pages that were the sequences' when it was told."""
         sampled = []
-        failed_blocks = self.connector.get_block_ids_with_load_errors()
-        rows = zip(plan.sequences, plan.start, plan.scheduled, plan.sampled, strict=True)
-        for sequence, start, count, wanted in rows:
+        failed = self.connector.get_block_ids_with_load_errors() if plan.loading else set()
+        rows = zip(plan.sequences, plan.start, plan.scheduled, plan.sampled, tables, strict=True)
+        for sequence, start, count, wanted, table in rows:
             assert count > 0
-            self.write(sequence, start, start + count)
-            if not failed_blocks.intersection(sequence.block_table):
-                self.verify(sequence, start + count)
+            end = start + count
+            self.write(sequence, table, start, end)
+            if sequence.phase is not Phase.FINISHED and not failed.intersection(table):
+                self.verify(sequence, table, end)
             if wanted:
-                assert start + count == len(sequence.token_ids)
-                token = self.model(sequence.token_ids)
+                token = self.model(sequence.token_ids[:end])
                 sampled.append(
                     Sampled(token, error=ValueError("bad logits") if token is None else None)
                 )
-        self.take(self.scheduler.update(plan, sampled, failed_blocks))
-        self.scheduler.check()
-        return plan
+        self.take(self.scheduler.update(plan, sampled, failed))
 
     def take(self, outputs):
         self.outputs += outputs
@@ -107,16 +125,18 @@ class PretendEngine:
             self.step()
         raise AssertionError(f"not done after {limit} steps")
 
-    def slot(self, sequence, position):
+    def slot(self, table, position):
         size = self.config.block_size
-        return sequence.block_table[position // size], position % size
+        return table[position // size], position % size
 
-    def write(self, sequence, start, end):
+    def write(self, sequence, table, start, end):
         for position in range(start, end):
             prefix = tuple(sequence.token_ids[: position + 1])
-            self.pages[self.slot(sequence, position)] = prefix
+            # What a step in vain writes is nobody's.
+            known = len(prefix) == position + 1 and UNKNOWN_TOKEN not in prefix
+            self.pages[self.slot(table, position)] = prefix if known else "in vain"
 
-    def verify(self, sequence, end):
+    def verify(self, sequence, table, end):
         for position in range(end):
             prefix = tuple(sequence.token_ids[: position + 1])
-            assert self.pages.get(self.slot(sequence, position)) == prefix
+            assert self.pages.get(self.slot(table, position)) == prefix

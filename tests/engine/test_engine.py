@@ -63,12 +63,14 @@ class Listener:
             assert self.changed.wait_for(lambda: self.of(request_id), PATIENCE_S)
 
 
-@pytest.fixture
-def start():
-    engines = []
+@pytest.fixture(params=[False, True], ids=["waits", "ahead"])
+def start(request):
+    """Starts engines that wait for each step, and engines that prepare the next one meanwhile."""
+    engines, ahead = [], request.param
 
     def start(connector=None, begin=True, **settings):
         defaults = {"threads": 1, "max_model_len": 1000, "num_blocks": 100}
+        defaults["async_scheduling"] = ahead
         config = EngineConfig(checkpoint("llama", False), **{**defaults, **settings})
         listener = Listener()
         engine = Engine(config, connector, listener)

@@ -137,6 +137,20 @@ def test_an_abort_while_its_step_runs_leaves_no_unknown_token_behind():
     engine.scheduler.check()
 
 
+def test_a_deadline_tells_how_many_tokens_were_generated_not_how_many_are_under_way():
+    engine = PretendEngine()
+    first = start(engine, [1, 2, 3], max_tokens=9, deadline=1.0)
+    engine.scheduler.assume(first)
+    engine.scheduler.schedule(0.0)
+    engine.take(engine.scheduler.update(first, tokens_for(first)))
+    second = engine.scheduler.schedule(0.0)
+    engine.scheduler.assume(second)
+    engine.scheduler.schedule(1.0)
+    engine.take(engine.scheduler.take_outputs())
+    assert "with 1 tokens generated" in str(engine.ends["r0"].error)
+    assert len(engine.tokens["r0"]) == 1
+
+
 # CUDA graphs: what they read ---------------------------------------------------------------
 
 

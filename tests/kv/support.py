@@ -131,7 +131,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
                     ),
                 )
             try:
-                busy = self.worker.turn().sequences
+                busy = self.worker.turn()
             except RuntimeError as error:  # a test broke the step: its requests end, as in Engine
                 busy = [self.worker.scheduler.abort(r, error) for r in self._live()]
             if not busy:

@@ -50,13 +50,15 @@ def decode_at_work(mesh: Mesh) -> str | None:
 
 
 @pytest.mark.parametrize(
-    ("sig", "more"), [(signal.SIGKILL, MORE), (signal.SIGTERM, {})], ids=["killed", "told to end"]
+    ("sig", "more", "flags"),
+    [(signal.SIGKILL, MORE, []), (signal.SIGTERM, {}, ["--async-scheduling"])],
+    ids=["killed", "told to end with a step under way"],
 )
 def test_a_stream_goes_on_with_the_same_tokens_when_its_decode_worker_ends(
-    tmp_path: Path, sig: signal.Signals, more: dict[str, object]
+    tmp_path: Path, sig: signal.Signals, more: dict[str, object], flags: list[str]
 ) -> None:
     # A drain this short ends long before the answer does.
-    with Mesh(tmp_path, decode=2, args={"decode": ["--drain-s=0.1"]}) as mesh:
+    with Mesh(tmp_path, decode=2, args={"decode": ["--drain-s=0.1", *flags]}) as mesh:
         asked = {**BODY, **more}
         expected = choice_of(mesh, asked)
         pieces: list[str] = []

@@ -18,6 +18,7 @@ from tests.support.mesh import TINY, Mesh
 
 REQUESTS = 200
 AT_ONCE = 16
+AHEAD = {"prefill": ["--async-scheduling"], "decode": ["--async-scheduling"]}
 SHARED = [40 + i % 200 for i in range(160)]
 PROCESSED: list[dict[str, Any]] = [
     {},
@@ -134,6 +135,20 @@ def test_two_hundred_mixed_requests_give_the_tokens_of_one_process(
         prefills = [w for w in state["workers"] if w["role"] == "prefill"]
         sent = sum(w["counters"].get("handoff_blocks_sent", 0) for w in prefills)
         assert sent > 0, "no block came over the handoff"
+
+
+def test_workers_that_prepare_steps_ahead_give_the_tokens_of_one_process(
+    tmp_path: Path, asks: list[Ask], expected: list[list[int]]
+) -> None:
+    # Penalties make a step wait for the one before it: leave them to the test above.
+    chosen = [i for i, ask in enumerate(asks) if not ask.more]
+    with Mesh(tmp_path, args=AHEAD) as mesh:
+        got = served(mesh, [asks[i] for i in chosen])
+        wrong = [i for i, tokens in zip(chosen, got, strict=True) if tokens != expected[i]]
+        assert not wrong, f"requests {wrong[:5]} differ of {len(wrong)}"
+        workers = [w for w in mesh.wait_idle()["workers"] if w["role"] in AHEAD]
+        for counters in (worker["counters"] for worker in workers):
+            assert counters["steps_ahead"] == counters["steps"] > 10
 
 
 def test_cached_tokens_are_reported_for_a_repeated_prompt(mesh: Mesh) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import structlog
 
+from common.engine.sequence import Phase
 from common.errors import HandoffError, WireError
 from common.kv.budget import ByteBudget
 from common.kv.connector import KVCaches, KVConnector
@@ -237,7 +238,8 @@ class StoreConnector(KVConnector):
         chosen: list[tuple[StoreClient, bytes, int]] = []
         for sequence, start, scheduled in step:
             first, end = start // size, (start + scheduled) // size
-            if end <= first:
+            # One that ended with the step before has no blocks any more.
+            if end <= first or sequence.phase is Phase.FINISHED:
                 continue
             keys = self._chain(sequence, end)
             client = self._client_of(keys[0])

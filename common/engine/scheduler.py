@@ -13,9 +13,6 @@ import bisect
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-
-import structlog
 
 from common.engine.blocks import BlockManager
 from common.engine.limits import SchedulerConfig, length_limit
@@ -31,10 +28,9 @@ from common.engine.sequence import (
     TokenLogprobs,
 )
 from common.engine.sequence import Sequence as Seq
+from common.engine.transfers import Sending, Transfers
 from common.errors import DeadlineExceeded, InvalidRequest, Overloaded
 from common.kv.connector import KVConnector
-
-log = structlog.get_logger("scheduler")
 
 # With others active, this part of the pool stays free of new prompts, so that those who run do not
 # preempt the newcomer at once for their next token.
@@ -57,15 +53,6 @@ COUNTERS = (
 )
 
 
-@dataclass(slots=True)
-class _Sending:
-    """A finished sequence whose blocks a connector still reads; `output` is told when it is done,
-    None when it was told already."""
-
-    sequence: Seq
-    output: RequestOutput | None
-
-
 class Scheduler:
     """Owns all sequences of an engine and their block tables. Used from one thread.
 
@@ -80,15 +67,12 @@ class Scheduler:
         self.blocks = blocks
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self._prefixes = PrefixCache(config, blocks)
-        self._connector = connector or KVConnector()
+        self._transfers = Transfers(
+            config, connector or KVConnector(), self._prefixes, self.counters
+        )
         self._sequences: dict[str, Seq] = {}
         self._waiting: list[Seq] = []
         self._running: list[Seq] = []
-        self._loading: dict[str, tuple[Seq, int]] = {}  # and how far its KV will reach
-        self._loading_now: dict[str, tuple[Seq, int]] = {}  # loaded within the step; from where
-        self._sending: dict[str, _Sending] = {}
-        self._failed_blocks: set[int] = set()
-        self._finished_ids: set[str] = set()
         self._outputs: list[RequestOutput] = []
         self._order = itertools.count()
         self._step = 0
@@ -106,11 +90,11 @@ class Scheduler:
 
     @property
     def num_loading(self) -> int:
-        return len(self._loading)
+        return len(self._transfers.loading)
 
     @property
     def num_sending(self) -> int:
-        return len(self._sending)
+        return len(self._transfers.sending)
 
     @property
     def tokens_waiting(self) -> int:
@@ -120,11 +104,11 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """No request is left, not even one whose blocks are still being sent."""
-        return not self._sequences and not self._sending
+        return not self._sequences and not self._transfers.sending
 
     def request_ids(self) -> list[str]:
         """Of all requests whose end was not told yet."""
-        return [*self._sequences, *(i for i, s in self._sending.items() if s.output is not None)]
+        return [s.request_id for s in self._live()]
 
     def next_deadline(self) -> float | None:
         """The earliest deadline of a live request, on the clock that `now` is of."""
@@ -133,7 +117,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Verify that block tables and reference counts agree. Raises BlockPoolError."""
-        held = [entry.sequence for entry in self._sending.values()]
+        held = [entry.sequence for entry in self._transfers.sending.values()]
         self.blocks.check([s.block_table for s in [*self._sequences.values(), *held]])
 
     # Requests in ---------------------------------------------------------------------------
@@ -144,7 +128,7 @@ class Scheduler:
         seed  in [0, 2**64): the request's own, or one drawn for it
         """
         limit = length_limit(request, self.config, self.blocks.num_usable)
-        if request.request_id in self._sequences or request.request_id in self._sending:
+        if request.request_id in self._sequences or request.request_id in self._transfers.sending:
             raise InvalidRequest(
                 f"request_id {request.request_id!r} is in use; ids of live requests are unique",
                 field="request_id",
@@ -170,7 +154,7 @@ class Scheduler:
         """End a request between two steps: cancelled, or in error when one is given. False when
         there is no such request."""
         reason = "cancelled" if error is None else "error"
-        sequence, entry = self._sequences.get(request_id), self._sending.get(request_id)
+        sequence, entry = self._sequences.get(request_id), self._transfers.sending.get(request_id)
         if sequence is None and (entry is None or entry.output is None):
             return False
         self.counters["aborted"] += error is None
@@ -179,8 +163,8 @@ class Scheduler:
             return True
         self._outputs.append(RequestOutput.of(entry.sequence, reason, error))
         entry.output = None
-        if not self._connector_keeps(entry.sequence):
-            self._sent(request_id)
+        if not self._transfers.finish(entry.sequence):
+            self._sent(self._transfers.sending.pop(request_id))
         return True
 
     # The step ------------------------------------------------------------------------------
@@ -188,7 +172,12 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan:
         """Collect what connectors finished, end what is overdue, and decide the next step. An
         empty plan: nothing can run before a connector or a new request changes that."""
-        self._collect()
+        sent, loaded = self._transfers.collect()
+        for entry in sent:
+            self._sent(entry)
+        for load in loaded:
+            self._transfers.take(load)
+            self._run(load.sequence)
         self._expire(now)
         planned: dict[Seq, int] = {}
         budget = self.config.max_num_batched_tokens
@@ -210,7 +199,7 @@ class Scheduler:
                 for s, count in planned.items()
             ),
             prompt_rows=prompt_rows(planned),
-            loading=frozenset(self._loading_now),
+            loading=frozenset(self._transfers.within),
         )
 
     def assume(self, plan: StepPlan) -> None:
@@ -241,12 +230,11 @@ class Scheduler:
         """Take the results of a step.
 
         sampled          one per sampled sequence of the plan, in its order; an error ends it
-        failed_blocks    blocks whose load, within the step or not, failed
+        failed_blocks    blocks whose load failed, where the plan has loads
         prompt_logprobs  of the plan's prompt_rows, or the error that ends a sequence
         """
-        self._failed_blocks.update(failed_blocks)
         # Of two steps under way only the later one may load: its loads are not this one's.
-        spoiled = self._undo_failed_loads() if plan.loading else ()
+        spoiled = self._transfers.land(failed_blocks) if plan.loading else ()
         results = iter(sampled)
         for sequence, count, wanted in zip(
             plan.sequences, plan.scheduled, plan.sampled, strict=True
@@ -328,10 +316,10 @@ class Scheduler:
         """First come, first served; a sequence that loads, or whose connector does not know yet,
         does not hold up the next."""
         for sequence in list(self._waiting):
-            if len(self._running) + len(self._loading) >= self.config.max_num_seqs:
+            if len(self._running) + self.num_loading >= self.config.max_num_seqs:
                 return
             hits = self._prefixes.match(sequence)
-            external, between_steps = self._ask_connector(sequence, len(hits))
+            external, between_steps = self._transfers.ask(sequence, len(hits))
             if external is None:
                 continue
             reached = len(hits) * self.config.block_size + external
@@ -349,26 +337,11 @@ class Scheduler:
                 planned[sequence] = count
                 budget -= count
 
-    def _ask_connector(self, sequence: Seq, num_hits: int) -> tuple[int | None, bool]:
-        """Tokens that a connector can load beyond the hits, and whether between steps. Asked until
-        a first admission: what failed or was preempted is computed here."""
-        if sequence.connector_asked or sequence.wants_prompt_logits:
-            return 0, False
-        computed = num_hits * self.config.block_size
-        external, between_steps = self._connector.get_num_new_matched_tokens(sequence, computed)
-        if external is None:
-            return None, False
-        sampled = sequence.request.prefill_tokens is None
-        # What is loaded within a step needs a token that is computed in it.
-        spared = sampled or not between_steps
-        external = max(0, min(external, sequence.target - spared - computed))
-        return external, between_steps and external > 0
-
     def _has_room(self, sequence: Seq, hits: list[int]) -> bool:
         """Whether all tokens it has now get blocks, without touching the reserve."""
         wanted = self.config.blocks_for(sequence.target) - len(hits)
         wanted += self.blocks.num_unreferenced(hits)
-        if self._running or self._loading:
+        if self._running or self.num_loading:
             wanted += int(self.blocks.num_usable * RESERVED_SHARE)
         return self.blocks.can_allocate(wanted)
 
@@ -379,8 +352,7 @@ class Scheduler:
         for those loaded."""
         hit_tokens = len(hits) * self.config.block_size
         reached = hit_tokens + external
-        covered = self.config.blocks_for(reached)
-        wanted = covered if between_steps else self.config.blocks_for(sequence.target)
+        wanted = self.config.blocks_for(reached if between_steps else sequence.target)
         self.blocks.acquire(hits)
         sequence.block_table = hits + self.blocks.allocate(wanted - len(hits))
         sequence.registered = len(hits)
@@ -391,73 +363,18 @@ class Scheduler:
             sequence.first_scheduled_s = now
             sequence.cached_tokens = hit_tokens
             self.counters["prompt_tokens"] += min(sequence.target, sequence.prompt_len)
-        self._connector.update_state_after_alloc(sequence, sequence.block_table[:covered], external)
+        self._transfers.begin(sequence, hit_tokens, external, between_steps)
         if between_steps:
             sequence.computed = hit_tokens
             sequence.phase = Phase.LOADING
-            self._loading[sequence.request_id] = (sequence, reached)
             return
         sequence.computed = reached
-        if external:
-            self._loading_now[sequence.request_id] = (sequence, hit_tokens)
         self._run(sequence)
 
     def _run(self, sequence: Seq) -> None:
         sequence.phase = Phase.RUNNING
         bisect.insort(self._running, sequence, key=_order)
         self._finish_if_prefilled(sequence)
-
-    # Connectors ----------------------------------------------------------------------------
-
-    def _collect(self) -> None:
-        """Take in what connectors finished since the last step."""
-        ended, self._finished_ids = self._finished_ids, set()
-        sent, loaded = self._connector.get_finished(ended)
-        self._failed_blocks |= self._connector.get_block_ids_with_load_errors()
-        for request_id in sent:
-            self._sent(request_id)
-        for request_id in loaded:
-            sequence, reached = self._loading.pop(request_id, (None, 0))
-            if sequence is not None:  # it may have been aborted meanwhile
-                self._take_load(sequence, sequence.computed, reached)
-                self._run(sequence)
-        self._failed_blocks.intersection_update(
-            itertools.chain.from_iterable(s.block_table for s, _ in self._loading.values())
-        )
-
-    def _take_load(self, sequence: Seq, start: int, reached: int) -> bool:
-        """Count the KV in [start, reached) as computed, up to the first block that failed. False
-        when one did."""
-        failed = [i for i, block in enumerate(sequence.block_table) if block in self._failed_blocks]
-        self._failed_blocks.difference_update(sequence.block_table)
-        good = reached
-        if failed:
-            self.counters["load_errors"] += 1
-            good = max(start, min(reached, failed[0] * self.config.block_size))
-        sequence.computed = good
-        self.counters["loaded_tokens"] += good - start
-        if sequence.preemptions == 0 and good > start:
-            sequence.cached_tokens += self._connector.num_cached_tokens(sequence, good - start)
-        self._prefixes.register(sequence)
-        return not failed
-
-    def _undo_failed_loads(self) -> set[Seq]:
-        """Sequences whose load within the step failed: what the step computed of them is void."""
-        loading, self._loading_now = self._loading_now, {}
-        return {
-            sequence
-            for sequence, start in loading.values()
-            if sequence.phase is Phase.RUNNING
-            and not self._take_load(sequence, start, sequence.computed)
-        }
-
-    def _sent(self, request_id: str) -> None:
-        entry = self._sending.pop(request_id, None)
-        if entry is None:
-            return
-        self._release(entry.sequence)
-        if entry.output is not None:
-            self._outputs.append(entry.output)
 
     # Ends ----------------------------------------------------------------------------------
 
@@ -478,7 +395,8 @@ class Scheduler:
                 self.abort(sequence.request_id, error)
 
     def _live(self) -> list[Seq]:
-        sending = [e.sequence for e in self._sending.values() if e.output is not None]
+        entries = self._transfers.sending.values()
+        sending = [entry.sequence for entry in entries if entry.output is not None]
         return [*self._sequences.values(), *sending]
 
     def _take_token(
@@ -516,34 +434,25 @@ class Scheduler:
         for queue in (self._running, self._waiting):
             if sequence in queue:
                 queue.remove(sequence)
-        self._loading.pop(request_id, None)
-        self._loading_now.pop(request_id, None)
         del self._sequences[request_id]
         sequence.phase = Phase.FINISHED
-        self._finished_ids.add(request_id)
         self.counters["requests_finished"] += 1
-        if self._connector_keeps(sequence):
+        if self._transfers.finish(sequence):
             later = output.finish_reason == "prefilled"  # told only when the KV has arrived
-            self._sending[request_id] = _Sending(sequence, output if later else None)
+            self._transfers.sending[request_id] = Sending(sequence, output if later else None)
             if later:
                 return
         else:
             self._release(sequence)
         self._outputs.append(output)
 
-    def _connector_keeps(self, sequence: Seq) -> bool:
-        """Tell the connector of the end; whether it goes on reading the blocks."""
-        try:
-            return self._connector.request_finished(sequence, sequence.block_table)
-        except Exception:
-            # A connector's trouble must not keep the blocks of a request that is over.
-            self.counters["connector_failures"] += 1
-            log.exception("request_finished_failed", request=sequence.request_id)
-            return False
+    def _sent(self, entry: Sending) -> None:
+        self._release(entry.sequence)
+        if entry.output is not None:
+            self._outputs.append(entry.output)
 
     def _release(self, sequence: Seq) -> None:
         self.blocks.free(sequence.block_table)
-        self._failed_blocks.difference_update(sequence.block_table)
         sequence.block_table = []
 
 

@@ -312,7 +312,7 @@ def test_a_loading_sequence_waits_without_holding_up_the_next():
     engine.add("a", tokens(16), max_tokens=3)
     assert engine.step().sequences == ()
     assert engine.scheduler.num_loading == 1
-    assert connector.allocs == [("a", engine.scheduler._loading["a"][0].block_table, 15)]
+    assert connector.allocs == [("a", engine.scheduler._sequences["a"].block_table, 15)]
     connector.external = 0
     engine.add("b", tokens(7, 1), max_tokens=3)
     assert [s.request_id for s in engine.step().sequences] == ["b"]
@@ -396,6 +396,25 @@ def test_an_aborted_load_frees_its_blocks_and_a_late_end_is_ignored():
     assert connector.ended == ["a"]
     assert engine.scheduler.idle
     assert all_free(engine)
+
+
+def test_a_block_that_failed_for_one_who_is_gone_has_not_failed_for_the_next():
+    connector = PretendConnector(external=15)
+    engine = PretendEngine(connector=connector, num_blocks=6, prefix_caching=False)
+    blocks = []
+    for name in "ab":
+        engine.add(name, tokens(16), max_tokens=1)
+        engine.step()
+        blocks.append(set(connector.loads[name][1]))
+        if name == "a":
+            connector.failed = set(blocks[0])
+            engine.step()
+            engine.scheduler.abort("a")
+    assert blocks[0] & blocks[1]
+    connector.land("b")
+    engine.run()
+    assert engine.tokens["b"] == continuation(tokens(16), 1)
+    assert engine.scheduler.counters["load_errors"] == 0
 
 
 def test_a_deadline_ends_a_load():

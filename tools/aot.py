@@ -66,8 +66,9 @@ def source(case: AotCase) -> ASTSource:
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, parameter in enumerate(case.kernel.params):
         value = case.args[parameter.name]
-        divisible = isinstance(value, str) and value.startswith("*")
         special = not parameter.do_not_specialize
+        divisible = isinstance(value, str) and value.startswith("*")
+        divisible = divisible and not parameter.do_not_specialize_on_alignment
         if parameter.is_constexpr or value is None or (special and value == 1):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value

@@ -5,7 +5,8 @@ sizes, all reading one set of tensors that stay put; a step fills them and repea
 graph that has room.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 import torch
 
@@ -71,20 +72,26 @@ class StaticBatch:
 
 
 class DecodeGraphs:
-    """Captures in the constructor, largest first: the smaller ones then use its memory again."""
+    """Captures in the constructor, largest first: the smaller ones then use its memory again. All
+    leave their logits in one tensor, float32 [largest size, vocab]: what a graph returns it keeps,
+    and twenty graphs of a large vocabulary would keep gigabytes."""
 
-    def __init__(self, forward: Forward, static: StaticBatch, sizes: list[int]) -> None:
+    def __init__(
+        self, forward: Forward, static: StaticBatch, sizes: list[int], logits: torch.Tensor
+    ) -> None:
         self._static = static
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._logits = logits
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         pool = torch.cuda.graph_pool_handle()
         for size in sorted(sizes, reverse=True):
             batch = static.of_size(size)
             forward(batch)  # compiles what is not compiled yet, which no capture may
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                logits = forward(batch)
-            self._graphs[size] = graph, logits
+            # What other threads ask of the device meanwhile is no business of the capture's.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                logits[:size].copy_(forward(batch))
+            self._graphs[size] = graph
 
     def room_for(self, batch: Batch) -> bool:
         return only_decodes(batch) and len(batch.context_len) <= max(self._graphs)
@@ -94,25 +101,28 @@ class DecodeGraphs:
         count = len(batch.context_len)
         size = min(size for size in self._graphs if size >= count)
         self._static.fill(batch, size)
-        graph, logits = self._graphs[size]
-        graph.replay()
-        return logits[:count]
+        self._graphs[size].replay()
+        return self._logits[:count]
 
 
-def warm_up(forward: Forward, most_tokens: int, block_size: int, device: torch.device) -> None:
-    """Runs prompts of lengths that between them use every kernel, so that none is compiled while
-    somebody waits. Their KV goes to the null block."""
-    lengths = [length for length in (1, 17, 33, 65, 129, 257, 1024) if length < most_tokens]
-    for length in [*lengths, most_tokens]:
+def warm_up(
+    forward: Forward, lengths: Iterable[int], context: int, block_size: int, device: torch.device
+) -> None:
+    """Runs steps of so many tokens, which between them use every kernel, so that none is compiled
+    while somebody waits: prompts of up to `context` tokens, whose KV goes to the null block."""
+    for length in lengths:
+        starts = (*range(0, length, context), length)
+        contexts = tuple(end - start for start, end in pairwise(starts))
         zeros = torch.zeros(length, dtype=torch.int64, device=device)
-        table = torch.full((1, -(-length // block_size)), NULL_BLOCK, dtype=torch.int32)
+        width = -(-max(contexts) // block_size)
+        table = torch.full((len(contexts), width), NULL_BLOCK, dtype=torch.int32)
         forward(
             Batch(
                 token_ids=zeros,
-                positions=torch.arange(length, device=device),
+                positions=torch.arange(length, device=device) % context,
                 slot_mapping=zeros,
-                query_start=(0, length),
-                context_len=(length,),
+                query_start=starts,
+                context_len=contexts,
                 block_table=table.to(device),
                 logit_rows=zeros[:1],
             )

@@ -162,16 +162,18 @@ class ModelRunner:
         config, layout = self.config, self.layout
 
         def forward(batch: Batch) -> torch.Tensor:
-            return self._model.forward(batch, self._cache, None).float()
+            return self._model.forward(batch, self._cache, None)
 
-        most_tokens = min(config.max_num_batched_tokens, self.max_model_len)
-        warm_up(forward, most_tokens, layout.block_size, self.device)
-        self._ops.warm_up(self.model_config.vocab_size)
+        lengths = self._ops.prompt_lengths(config.max_num_batched_tokens)
+        warm_up(forward, lengths, self.max_model_len, layout.block_size, self.device)
+        vocab = self.model_config.vocab_size
+        self._ops.warm_up(vocab)
         if config.batch_invariant:
             return None  # decoding is then attention of prompts, which reads lengths on the host
         width = layout.blocks_for(self.max_model_len)
         static = StaticBatch(config.max_num_seqs, width, self.max_model_len, self.device)
-        return DecodeGraphs(forward, static, bucket_sizes(config.max_num_seqs))
+        logits = torch.empty(config.max_num_seqs, vocab, device=self.device)
+        return DecodeGraphs(forward, static, bucket_sizes(config.max_num_seqs), logits)
 
     @property
     def choose(self) -> Choose | None:

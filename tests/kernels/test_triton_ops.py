@@ -6,7 +6,7 @@ import torch
 from common.engine.graphs import StaticBatch
 from common.engine.kernels import select_ops
 from common.engine.kernels.reference import ReferenceOps
-from common.engine.kernels.triton.ops import TritonOps
+from common.engine.kernels.triton.ops import TritonOps, cublas_scales_rows
 from common.engine.kernels.triton.quantize import Quantized
 from common.engine.quantization.scheme import Activation
 from common.engine.weight import Weight
@@ -107,3 +107,7 @@ def test_a_backend_that_cannot_run_on_the_device_is_refused():
     assert isinstance(select_ops(torch.device("cpu"), "triton"), TritonOps)
     with pytest.raises(ConfigError, match="set it to cpu or cuda"):
         select_ops(torch.device("meta"), "auto")
+
+
+def test_torchs_e4m3_product_is_tried_before_it_is_used():
+    assert cublas_scales_rows(torch.device("cpu"))

@@ -117,7 +117,11 @@ def split_bounds(
     return begin, tl.minimum(begin + size, context), lowest, tl.cdiv(span, size)
 
 
-@triton.jit(do_not_specialize=["window"])
+# Not compiled anew for another width of the table, or a step's part that begins elsewhere.
+@triton.jit(
+    do_not_specialize=["window", "table_row"],
+    do_not_specialize_on_alignment=["table", "contexts"],
+)
 def decode_kernel(
     q,
     payload,
@@ -209,7 +213,7 @@ def decode_kernel(
         tl.store(lse + part, most, mask=held & (splits > 1))
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["stride", "window"], do_not_specialize_on_alignment=["contexts"])
 def merge_kernel(
     partial,
     lse,

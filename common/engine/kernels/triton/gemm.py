@@ -77,14 +77,14 @@ def choose_tiles(
         return Tiles(128, 128, block_k, 1, False, 8, 4)
     block_m = max(16, triton.next_power_of_2(min(m, 128)))
     programs = triton.cdiv(m, block_m) * triton.cdiv(n, 64)
-    split = min(
+    most = min(
         MAX_SPLIT,
         PROGRAMS_PER_SM * multiprocessors // programs,
         triton.cdiv(k, block_k) // LEAST_BLOCKS,
     )
-    return Tiles(
-        block_m, 64, block_k, max(1, split), m <= FEW_TOKENS, 4, 6 if m <= FEW_TOKENS else 4
-    )
+    # A power of two: few kernels to compile.
+    split = 1 << (max(1, most).bit_length() - 1)
+    return Tiles(block_m, 64, block_k, split, m <= FEW_TOKENS, 4, 6 if m <= FEW_TOKENS else 4)
 
 
 @triton.jit

@@ -69,7 +69,10 @@ def write_kv(
     return qkv[:, :heads]
 
 
-@triton.jit
+# Not compiled anew where a step's numbers lie otherwise in memory, or for other numbers of rows.
+@triton.jit(
+    do_not_specialize=["rows"], do_not_specialize_on_alignment=["positions", "slots", "static"]
+)
 def write_kv_kernel(
     qkv,
     norm,

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
+import structlog
 import torch
 import torch.nn.functional as F
 
@@ -11,7 +13,7 @@ from common.engine.cache import KVCache
 from common.engine.kernels import Linear
 from common.engine.kernels.triton.activation import silu_mul
 from common.engine.kernels.triton.decode_attention import decode_attention
-from common.engine.kernels.triton.gemm import Workspace, matmul
+from common.engine.kernels.triton.gemm import Workspace, choose_tiles, matmul
 from common.engine.kernels.triton.hadamard import supports
 from common.engine.kernels.triton.kv_write import write_kv
 from common.engine.kernels.triton.norm import rms_norm
@@ -20,6 +22,8 @@ from common.engine.kernels.triton.quantize import Quantized, quantize
 from common.engine.kernels.triton.sampling import SamplingRows, sample
 from common.engine.sampling_params import SamplingParams
 from common.engine.weight import Weight
+
+log = structlog.get_logger("kernels")
 
 # Tokens from which cuBLAS multiplies e4m3 matrices with a scale for each row.
 CUBLAS_TOKENS = 65
@@ -51,9 +55,22 @@ class TritonLinear:
         self._batch_invariant = batch_invariant
         out, width = weight.values.shape
         rows = weight.scale is not None and weight.scale.shape == (out, 1)
-        self._cublas = (
-            rows and weight.values.is_cuda and not batch_invariant and not (out % 16 or width % 16)
-        )
+        fits = rows and weight.values.is_cuda and not (out % 16 or width % 16)
+        self._cublas = fits and not batch_invariant and cublas_scales_rows(weight.values.device)
+
+    def kernel(self, tokens: int) -> object:
+        """What stands for the kernel that so many tokens are multiplied by."""
+        weight = self.weight
+        out, width = weight.values.shape
+        if self._cublas and tokens >= CUBLAS_TOKENS:
+            return None
+        if weight.activation is None and not self._batch_invariant:
+            return None
+        tiles = choose_tiles(
+            tokens, out, width, weight.activation is not None,
+            self._workspace.multiprocessors, self._batch_invariant,
+        )  # fmt: skip
+        return weight.activation, tiles
 
     def __call__(self, x: torch.Tensor | Quantized) -> torch.Tensor:
         weight = self.weight
@@ -107,9 +124,22 @@ class TritonOps:
         self._workspace = Workspace.on(device, multiprocessors)
         self._batch_invariant = batch_invariant
         self._rotate_qk = rotate_qk
+        # One of each kind: its shape and what it is quantized by.
+        self._linears: dict[tuple[object, ...], TritonLinear] = {}
 
     def can_rotate(self, head_dim: int) -> bool:
         return supports(head_dim)
+
+    def prompt_lengths(self, most: int) -> list[int]:
+        """Numbers of tokens of a step, `most` the largest, that between them need every kernel."""
+        seen: set[object] = set()
+        lengths = []
+        for tokens in (1, 17, 33, 65, *range(129, most, 128), most):
+            needed = {linear.kernel(tokens) for linear in self._linears.values()}
+            if tokens <= most and (tokens in (1, most) or needed - seen):
+                lengths.append(tokens)
+                seen |= needed
+        return sorted(set(lengths))
 
     def warm_up(self, vocab: int) -> None:
         """Compiles what `choose` uses, so that nobody waits for it later."""
@@ -118,7 +148,10 @@ class TritonOps:
             self.choose(logits, [SamplingParams(**filters)], [0], [0])
 
     def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
-        return TritonLinear(weight, bias, self._workspace, self._batch_invariant)
+        made = TritonLinear(weight, bias, self._workspace, self._batch_invariant)
+        scale = None if weight.scale is None else weight.scale.shape
+        self._linears[weight.values.shape, scale, weight.activation] = made
+        return made
 
     def prepare(
         self,
@@ -212,6 +245,21 @@ class TritonOps:
         """As `Sampler` chooses tokens: int64 [n], -1 where there is none."""
         rows = SamplingRows.of(params, seeds, positions, logits.shape[1], logits.device)
         return sample(logits, rows)
+
+
+@cache
+def cublas_scales_rows(device: torch.device) -> bool:
+    """Whether torch multiplies e4m3 rows with a scale each here: not every cuBLAS does."""
+    ones = torch.ones(CUBLAS_TOKENS, 64, device=device).to(torch.float8_e4m3fn)
+    scale = torch.full((CUBLAS_TOKENS, 1), 0.5, device=device)
+    try:
+        found = torch._scaled_mm(
+            ones, ones[:64].t(), scale_a=scale, scale_b=scale[:64].t(), out_dtype=torch.bfloat16
+        )
+    except RuntimeError as error:
+        log.warning("cublas_without_row_scales", reason=str(error).splitlines()[0])
+        return False
+    return bool((found == 64 * 0.25).all())
 
 
 def _form(into: Linear) -> dict[str, object]:

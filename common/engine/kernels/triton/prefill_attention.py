@@ -211,7 +211,11 @@ def attend_tile(
     return first, second, most, total, unit
 
 
-@triton.jit(do_not_specialize=["window", "sequences"])
+# Not compiled anew for another width of the table, or a step's part that begins elsewhere.
+@triton.jit(
+    do_not_specialize=["window", "sequences", "table_row"],
+    do_not_specialize_on_alignment=["table", "query_start", "contexts"],
+)
 def prefill_kernel(
     q, payload, scales, stride_block, stride_kv, stride_head, stride_token,
     scale_block, scale_kv, scale_head, table, query_start, contexts, out, scale, window,
@@ -291,7 +295,10 @@ def attend_fp8_tile(
     return sums * (shrink * grow)[:, None] + partial, most, total, unit
 
 
-@triton.jit(do_not_specialize=["window", "sequences"])
+@triton.jit(
+    do_not_specialize=["window", "sequences", "table_row"],
+    do_not_specialize_on_alignment=["table", "query_start", "contexts"],
+)
 def prefill_fp8_kernel(
     q, payload, scales, stride_block, stride_kv, stride_head, stride_token,
     scale_block, scale_kv, scale_head, table, query_start, contexts, out, scale, window,

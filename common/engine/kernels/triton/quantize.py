@@ -131,7 +131,8 @@ def empty_quantized(
     """Room for n quantized rows of what is `like`; TENSOR's one scale is in place."""
     values = torch.empty(n, d, dtype=torch.float8_e4m3fn, device=like.device)
     if activation is Activation.TENSOR:
-        return Quantized(values, input_scale.expand(n, 1), like.dtype)
+        # Strides of its own, the same for one row: kernels are compiled for them.
+        return Quantized(values, input_scale.as_strided((n, 1), (0, 0)), like.dtype)
     groups = triton.cdiv(d, GROUP) if activation is Activation.GROUP else 1
     # Tokens innermost: a tile of the GEMM reads the scales of its tokens side by side.
     scale = torch.empty(groups, n, dtype=torch.float32, device=like.device).t()

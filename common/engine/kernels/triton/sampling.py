@@ -109,7 +109,8 @@ def peak_kernel(logits, peaks, vocab, row_stride, CHUNK: tl.constexpr):
     tl.store(peaks + row * tl.num_programs(1) + chunk, tl.max(packed))
 
 
-@triton.jit
+# `keys` is a row of a tensor of three: aligned to 16 bytes for even n only.
+@triton.jit(do_not_specialize_on_alignment=["keys"])
 def begin_kernel(peaks, tokens, keys, chunks, CHUNKS: tl.constexpr):
     """The likeliest token of each row, or UNUSABLE, and its key."""
     row = tl.program_id(0)
@@ -157,7 +158,7 @@ def goal_of(reals, whole, row, n, total, SEARCH: tl.constexpr):
         return tl.load(reals + 2 * n + row) * total
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "shift"], do_not_specialize_on_alignment=["keys"])
 def narrow_kernel(
     logits, keys, reals, whole, totals, cut, before, after, old, new,
     n, vocab, chunks, row_stride, shift,
@@ -213,7 +214,7 @@ def narrow_kernel(
         tl.store(at + n * chunks * 16, tl.sum(counts, 0).to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["keys"])
 def settle_kernel(
     keys, reals, totals, cut, kept, parts, state, n, chunks,
     SEARCH: tl.constexpr, CHUNKS: tl.constexpr,
@@ -264,7 +265,7 @@ def load_weights(logits, keys, reals, cut, row, chunk, n, vocab, row_stride, CHU
     )
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["keys"])
 def mass_kernel(
     logits, keys, reals, cut, masses, ties, n, vocab, chunks, row_stride, CHUNK: tl.constexpr
 ):  # fmt: skip
@@ -277,7 +278,7 @@ def mass_kernel(
     tl.store(ties + row * chunks + chunk, tl.sum(equal.to(tl.int32)))
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["keys"])
 def pick_kernel(
     logits, keys, reals, whole, cut, kept, masses, ties, tokens, n, vocab, chunks, row_stride,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
@@ -368,7 +369,7 @@ def find_cuts(
                 logits, keys, rows.reals, rows.whole, totals, cut,
                 parts[(step + 1) % 2], parts[step % 2], state[(step + 1) % 2], state[step % 2],
                 n, vocab, chunks, logits.stride(0), 28 - 4 * step,
-                SEARCH=search, PASS=min(step, 2), FIRST=index == 0,
+                SEARCH=search, PASS=min(step, 2), FIRST=index == 0 and step == 1,
                 SLICE=min(SLICE, CHUNK), num_warps=8, **sizes,
             )  # fmt: skip
         last = (PASSES - 1) % 2

@@ -27,16 +27,7 @@ QUANTIZED = 2e-2  # of an attention over values with 4 significant bits
 MULTIPLIED = 6e-2  # where Q and the probabilities have 4 too
 
 
-def run(report: Report) -> None:
-    parts = (
-        encoding, quantization, norms, rotation, products, kv_writes, attention, fp8_attention,
-        sampling, invariance,
-    )  # fmt: skip
-    for part in parts:
-        with report.guard(part.__name__), torch.inference_mode():
-            part(report)
-
-
+@torch.inference_mode()
 def encoding(report: Report) -> None:
     """Every bfloat16 number through the device's own conversion, against torch's on the CPU."""
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
@@ -52,6 +43,7 @@ def encoding(report: Report) -> None:
     report.check("e4m3 of every bfloat16 number", right)
 
 
+@torch.inference_mode()
 def quantization(report: Report) -> None:
     n, d = (5, 300) if report.tiny else (1000, 4100)
     x = report.random(n, d)
@@ -72,6 +64,7 @@ def quantization(report: Report) -> None:
     report.close("quantize blocks: scales", scale, blocks, 1e-7)
 
 
+@torch.inference_mode()
 def norms(report: Report) -> None:
     n, d = (3, 256) if report.tiny else (515, 4096)
     x, delta, weight = report.random(n, d), report.random(n, d), report.random(d)
@@ -93,6 +86,7 @@ def norms(report: Report) -> None:
         report.same(f"silu * up, quantized ({form})", fused.values, apart.values)
 
 
+@torch.inference_mode()
 def rotation(report: Report) -> None:
     for d in (64,) if report.tiny else (64, 128, 256):
         x = report.random(7 if report.tiny else 1001, d)
@@ -102,6 +96,7 @@ def rotation(report: Report) -> None:
         report.close(f"hadamard {d}", hadamard(x), x.double() @ matrix / d**0.5, ROUNDED)
 
 
+@torch.inference_mode()
 def products(report: Report) -> None:
     n, k = (192, 400) if report.tiny else (1536, 4096)
     rows = (1, 20) if report.tiny else (1, 17, 64, 65, 129, 300, 2049)
@@ -131,13 +126,15 @@ def spread(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """float64 of e4m3 values with any scales."""
     rows, columns = values.shape
     wide = scale.double()
+    wide_values = values.float().double()  # e4m3 to float64 is not there on every device
     if scale.shape[1] > 1:
         wide = wide.repeat_interleave(128, 1)[:, :columns]
     if scale.shape[0] != rows:
         wide = wide.repeat_interleave(128, 0)[:rows]
-    return values.double() * wide
+    return wide_values * wide
 
 
+@torch.inference_mode()
 def kv_writes(report: Report) -> None:
     """Q, K and V normed, turned, rotated, quantized and put into their pages by one kernel."""
     sizes = ((4, 2, 64),) if report.tiny else ((32, 8, 128), (4, 2, 256))
@@ -152,20 +149,30 @@ def kv_writes(report: Report) -> None:
                 report.close(label, actual, expected, ROUNDED if name == "Q" else 2 * ROUNDED)
 
 
+@torch.inference_mode()
 def attention(report: Report) -> None:
+    paged_attention(report, "bf16" if report.gpu else "float32")
+
+
+@torch.inference_mode()
+def attention_e4m3_kv(report: Report) -> None:
+    paged_attention(report, "fp8_e4m3")
+
+
+def paged_attention(report: Report, kv_dtype: str) -> None:
     """KV written and attended to by the Triton kernels, and by the reference in float32."""
     small = ((3, 4), (20, 20), (18, 1))
     large = ((700, 700), (1030, 1), (300, 44), (1, 1), (4000, 1), (2049, 2049), (65, 64), (129, 1))
-    for kv_dtype in ("bf16" if report.gpu else "float32", "fp8_e4m3"):
-        for heads, kv_heads, d in ((4, 2, 64),) if report.tiny else ((32, 8, 128), (6, 2, 96)):
-            paged = Paged(report, heads, kv_heads, d, kv_dtype, [17] if report.tiny else [None, 64])
-            for kind in ("mixed", "decode"):
-                sizes = [(c, 1 if kind == "decode" else q) for c, q in (small, large)[report.gpu]]
-                for window, actual, expected in paged.attend(sizes):
-                    label = f"attention, {kind}, {heads}/{kv_heads} heads of {d}, {kv_dtype}"
-                    report.close(f"{label}, window {window}", actual, expected, QUANTIZED)
+    for heads, kv_heads, d in ((4, 2, 64),) if report.tiny else ((32, 8, 128), (6, 2, 96)):
+        paged = Paged(report, heads, kv_heads, d, kv_dtype, [17] if report.tiny else [None, 64])
+        for kind in ("mixed", "decode"):
+            sizes = [(c, 1 if kind == "decode" else q) for c, q in (small, large)[report.gpu]]
+            for window, actual, expected in paged.attend(sizes):
+                label = f"attention, {kind}, {heads}/{kv_heads} heads of {d}, {kv_dtype}"
+                report.close(f"{label}, window {window}", actual, expected, QUANTIZED)
 
 
+@torch.inference_mode()
 def fp8_attention(report: Report) -> None:
     """Products in e4m3, and what a rotation does for them where Q and K have outliers."""
     heads, kv_heads, d = (4, 2, 64) if report.tiny else (32, 8, 128)
@@ -181,6 +188,7 @@ def fp8_attention(report: Report) -> None:
                 report.close(f"{label}, window {window}", actual, expected, bound)
 
 
+@torch.inference_mode()
 def sampling(report: Report) -> None:
     vocab, count = (300, 4) if report.tiny else (128256, 64)
     logits = report.random(count, vocab, dtype=torch.float32) * 3
@@ -197,6 +205,7 @@ def sampling(report: Report) -> None:
     report.check(f"tokens of {count} rows of {vocab}", tokens.tolist() == expected)
 
 
+@torch.inference_mode()
 def invariance(report: Report) -> None:
     """A row alone and among others, bit for bit."""
     n, k, m = (64, 272, 70) if report.tiny else (4096, 4096, 1000)

@@ -4,6 +4,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -16,17 +17,34 @@ COLD_BYTES = 256 * 2**20
 class Report:
     """Prints as it goes and counts what failed.
 
-    dtype  what models compute in on this device: the interpreter cannot do bfloat16
+    folder     empty, and this process's own
+    deadline   when this process is stopped, by time.monotonic()
+    compiling  each call that would be timed is made once, so that its kernels are compiled
+    dtype      what models compute in on this device: the interpreter cannot do bfloat16
     """
 
-    def __init__(self, device: torch.device, tiny: bool) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        tiny: bool,
+        *,
+        folder: Path,
+        deadline: float,
+        compiling: bool = False,
+    ) -> None:
         self.device = device
         self.tiny = tiny
+        self.folder, self.compiling = folder, compiling
+        self._deadline = deadline
         self.gpu = device.type == "cuda"
         self.dtype = torch.bfloat16 if self.gpu else torch.float16
         self.failures = 0
         self._generator = torch.Generator(device=device).manual_seed(0)
-        self._began = time.monotonic()
+
+    @property
+    def left_s(self) -> float:
+        """Seconds to the deadline."""
+        return self._deadline - time.monotonic()
 
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Normally distributed, new each time."""
@@ -48,6 +66,14 @@ class Report:
             self.failures += 1
             self.line(f"FAILED {what}: {type(error).__name__}: {error}")
             traceback.print_exc()
+
+    @contextmanager
+    def others(self, what: str) -> Iterator[None]:
+        """A comparison: where it does not run, that is told and no failure of ours."""
+        try:
+            yield
+        except Exception as error:
+            self.line(f"{what} did not run: {type(error).__name__}: {error}")
 
     def check(self, what: str, good: bool, detail: str = "") -> None:
         self.failures += not good
@@ -77,6 +103,10 @@ class Report:
         The calls run as one CUDA graph: what is measured is the device, not Python. The median of
         several replays, after some that are not counted.
         """
+        if self.compiling:
+            for call in calls:
+                call()
+            return 1.0
         if not self.gpu:
             began = time.perf_counter()
             for call in calls:
@@ -86,7 +116,7 @@ class Report:
             call()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for call in calls:
                 call()
         graph.replay()
@@ -106,7 +136,7 @@ class Report:
 
     def copy_rate(self) -> float:
         """Bytes a second of a large copy on the device, reads and writes counted."""
-        size = 2**32 if self.gpu else 2**20
+        size = 2**32 if self.gpu and not self.compiling else 2**20
         source = torch.empty(size, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         return 2 * size / self.seconds([lambda: target.copy_(source)])

@@ -72,6 +72,7 @@ class LLM:
     tensor_parallel_size  processes that compute together, this one among them
     batch_invariant   results do not depend, to the bit, on the rest of a step; slower
     rotate_qk         multiply Q and K by a Hadamard matrix: more exact FP8 KV where K has outliers
+    fp8_attention     e4m3 products in the attention of prompts to FP8 KV: faster, less exact; GPUs
 
     Raises CheckpointError or ConfigError for what cannot be served.
     """
@@ -99,6 +100,7 @@ class LLM:
         tensor_parallel_size: int = 1,
         batch_invariant: bool = False,
         rotate_qk: bool = False,
+        fp8_attention: bool = False,
     ) -> None:
         _log_to_stderr()
         self.config = EngineConfig(
@@ -122,6 +124,7 @@ class LLM:
             tensor_parallel=tensor_parallel_size,
             batch_invariant=batch_invariant,
             rotate_qk=rotate_qk,
+            fp8_attention=fp8_attention,
         )
         self.seed = seed
         self.tokenizer = load_tokenizer(self.config.model)

@@ -62,6 +62,9 @@ ROWS = [
     Row("fp8-static", "bf16", "fp8-static"),
     Row("bf16", "fp8_e4m3"),
     Row("bf16", "fp8_e4m3, Q and K rotated", settings={"rotate_qk": True}),
+    Row(
+        "bf16", "fp8_e4m3, e4m3 products", settings={"fp8_attention": True, "kernels": "reference"}
+    ),
     Row("fp8 (on load), fp8-dynamic", "fp8_e4m3", settings={"quantization": "fp8"}),
     Row("fp8-block (also on load)", "fp8_e4m3", settings={"quantization": "fp8-block"}),
     Row("fp8-static", "fp8_e4m3", "fp8-static"),

@@ -290,6 +290,9 @@ class EngineConfig:
                             slower
     rotate_qk               multiply Q and K by a Hadamard matrix: FP8 KV of a model whose K has
                             outliers is then more exact. Head sizes that are a power of two
+    fp8_attention           attention of prompts to an fp8_e4m3 KV cache multiplies in e4m3: twice
+                            the rate of a GPU's products, less exact. Heads of 32 elements or more;
+                            on a GPU, or emulated by kernels=reference
 
     Raises ConfigError, naming the setting, for a value that cannot work.
     """
@@ -313,6 +316,7 @@ class EngineConfig:
     tensor_parallel: int = 1
     batch_invariant: bool = False
     rotate_qk: bool = False
+    fp8_attention: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", Path(self.model))

@@ -14,7 +14,12 @@ from common.engine.cache import KVCache, shared_memory
 from common.engine.checkpoint import Checkpoint
 from common.engine.config import EngineConfig, ModelConfig
 from common.engine.graphs import DecodeGraphs, StaticBatch, bucket_sizes, warm_up
-from common.engine.kernels import check_batch_invariant, check_rotate_qk, select_ops
+from common.engine.kernels import (
+    check_batch_invariant,
+    check_fp8_attention,
+    check_rotate_qk,
+    select_ops,
+)
 from common.engine.kernels.reference import ReferenceOps
 from common.engine.models import load_model
 from common.engine.parallel.group import Group
@@ -103,8 +108,14 @@ class ModelRunner:
         model = self.model_config
         config = self.config
         self._ops = select_ops(
-            self.device, config.kernels, config.batch_invariant, config.rotate_qk
+            self.device,
+            config.kernels,
+            config.batch_invariant,
+            config.rotate_qk,
+            config.fp8_attention,
         )
+        if config.fp8_attention:
+            check_fp8_attention(self._ops, model.head_dim, self.layout.scale_elements > 0)
         if config.batch_invariant and self.device.type == "cpu":
             check_batch_invariant(model.head_dim)
         with Checkpoint(config.model) as checkpoint:
@@ -130,6 +141,7 @@ class ModelRunner:
             self.layout,
             batch_invariant=config.batch_invariant,
             rotate_qk=config.rotate_qk,
+            fp8_attention=config.fp8_attention,
         )
         self._cache = KVCache(
             self.layout,
@@ -371,6 +383,7 @@ def fingerprint(
     *,
     batch_invariant: bool = False,
     rotate_qk: bool = False,
+    fp8_attention: bool = False,
 ) -> bytes:
     """16 bytes that two workers share exactly when their KV is interchangeable."""
     settings = {
@@ -386,6 +399,8 @@ def fingerprint(
         settings["batch_invariant"] = True
     if rotate_qk:
         settings["rotate_qk"] = True
+    if fp8_attention:  # so has the KV of every layer but the first
+        settings["fp8_attention"] = True
     encoded = json.dumps(settings, sort_keys=True).encode()
     return blake2b(weights + encoded, digest_size=16).digest()
 

@@ -73,6 +73,11 @@ class WorkerSettings(ServiceSettings):
         False,
         description="multiply Q and K by a Hadamard matrix: more exact FP8 KV where K has outliers",
     )
+    fp8_attention: bool = Field(
+        False,
+        description="e4m3 products in the attention of prompts to FP8 KV: faster on a GPU, less "
+        "exact",
+    )
 
     @field_validator("kvstore")
     @classmethod
@@ -133,6 +138,7 @@ class WorkerSettings(ServiceSettings):
             tensor_parallel=self.tensor_parallel,
             batch_invariant=self.batch_invariant,
             rotate_qk=self.rotate_qk,
+            fp8_attention=self.fp8_attention,
         )
 
 

@@ -19,7 +19,8 @@ MAX_TEXT = 256
 MAX_MET = 512
 REMEDY = (
     "KV is handed over only between workers of the same version, with the same model, --kv-dtype, "
-    "--quantization, --batch-invariant and --rotate-qk, of whose --block-size one divides the other"
+    "--quantization, --batch-invariant, --rotate-qk and --fp8-attention, of whose --block-size one "
+    "divides the other"
 )
 
 

@@ -21,6 +21,8 @@ log = structlog.get_logger("kernels")
 Linear = Callable[[Any], torch.Tensor]
 # Head sizes that models have and a Hadamard matrix of Sylvester's, for messages.
 ROTATED_SIZES = (16, 32, 64, 128, 256, 512)
+# Columns that a tensor core's e4m3 product takes at least.
+LEAST_E4M3 = 32
 
 
 class Ops(Protocol):
@@ -117,8 +119,28 @@ def check_rotate_qk(ops: Ops, head_dim: int, static_scales: bool) -> None:
         )
 
 
+def check_fp8_attention(ops: Ops, head_dim: int, fp8_kv: bool) -> None:
+    """Raises ConfigError for a model or a cache whose attention has no e4m3 products."""
+    from common.engine.kernels.reference import ReferenceOps
+
+    if not fp8_kv:
+        raise ConfigError(
+            "fp8_attention multiplies Q and the probabilities with K and V that are e4m3; set "
+            "kv_dtype to fp8_e4m3, or leave fp8_attention unset"
+        )
+    if head_dim < LEAST_E4M3 and not isinstance(ops, ReferenceOps):
+        raise ConfigError(
+            f"fp8_attention needs heads of at least {LEAST_E4M3} elements, what an e4m3 product "
+            f"sums up at a time, this model has {head_dim}; leave it unset"
+        )
+
+
 def select_ops(
-    device: torch.device, kernels: str, batch_invariant: bool = False, rotate_qk: bool = False
+    device: torch.device,
+    kernels: str,
+    batch_invariant: bool = False,
+    rotate_qk: bool = False,
+    fp8_attention: bool = False,
 ) -> Ops:
     """The backend for a device, chosen once at start; arguments as in EngineConfig.
 
@@ -134,9 +156,14 @@ def select_ops(
             "to auto, or leave batch_invariant unset"
         )
     if kernels == "triton" or (kernels == "auto" and device.type == "cuda"):
-        return _triton_ops(device, batch_invariant, rotate_qk)
+        return _triton_ops(device, batch_invariant, rotate_qk, fp8_attention)
     if kernels == "reference" or device.type != "cpu":
-        return ReferenceOps(rotate_qk)
+        return ReferenceOps(rotate_qk, fp8_attention)
+    if fp8_attention:
+        raise ConfigError(
+            "fp8_attention is for GPUs, whose e4m3 products are twice as fast, device is 'cpu'; "
+            "leave it unset, or set kernels to reference to see what it does to the results"
+        )
     trouble = cpu_kernels_trouble()
     if trouble is None:
         from common.engine.kernels.cpu.ops import CpuOps
@@ -157,7 +184,9 @@ def cpu_kernels_trouble() -> str | None:
     return None
 
 
-def _triton_ops(device: torch.device, batch_invariant: bool, rotate_qk: bool) -> Ops:
+def _triton_ops(
+    device: torch.device, batch_invariant: bool, rotate_qk: bool, fp8_attention: bool
+) -> Ops:
     """For a GPU, or a CPU under Triton's interpreter. Never the reference instead: on a GPU it is
     so slow that this must be somebody's choice."""
     trouble = triton_kernels_trouble(device)
@@ -172,6 +201,7 @@ def _triton_ops(device: torch.device, batch_invariant: bool, rotate_qk: bool) ->
         device,
         batch_invariant=batch_invariant,
         rotate_qk=rotate_qk,
+        fp8_attention=fp8_attention,
         multiprocessors=1 if device.type == "cpu" else None,
     )
 

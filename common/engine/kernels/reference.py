@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from common.engine.batch import Batch
 from common.engine.cache import NULL_BLOCK, KVCache
 from common.engine.kernels import Linear
+from common.engine.kernels.reference_e4m3 import attend_e4m3
 from common.engine.kernels.reference_linear import BlockLinear, ScaledLinear
 from common.engine.quantization.fp8 import FP8, FP8_MAX, decode_256th, finite, has_nan, quotient
 from common.engine.quantization.scheme import Activation
@@ -31,6 +32,7 @@ class Span:
     rows    [b * queries] int64 rows of the batch, or a slice of them
     blocks  [b * s / block_size] int64, padded with the null block
     length  s
+    first   position of the first key; of several sequences it means nothing
     mask    float, [b, 1, 1, s] for one query each, else [queries, s]; 0 or -inf. None: causal
     dead    sequence and key of every padded key, int64 each
     """
@@ -40,6 +42,7 @@ class Span:
     queries: int
     blocks: torch.Tensor
     length: int
+    first: int
     mask: torch.Tensor | None
     dead: tuple[torch.Tensor, torch.Tensor] | None
 
@@ -58,10 +61,14 @@ class Step:
 
 
 class ReferenceOps:
-    """See `Ops`."""
+    """See `Ops`.
 
-    def __init__(self, rotate_qk: bool = False) -> None:
+    fp8_attention  chunks of an e4m3 cache are attended to by e4m3 products, as on a GPU
+    """
+
+    def __init__(self, rotate_qk: bool = False, fp8_attention: bool = False) -> None:
         self._rotate_qk = rotate_qk
+        self._fp8_attention = fp8_attention
 
     def can_rotate(self, head_dim: int) -> bool:
         return head_dim & (head_dim - 1) == 0
@@ -129,17 +136,39 @@ class ReferenceOps:
             payload[step.block, step.offset] = kv.to(payload.dtype)
             return q
         values, scale = quantize_fp8(kv, cache.static(layer))
-        payload[step.block, step.offset] = values
+        # As bytes: torch does not index e4m3 on every device.
+        payload.view(torch.uint8)[step.block, step.offset] = values.view(torch.uint8)
         cache.scales[layer].permute(0, 3, 1, 2)[step.block, step.offset] = scale
         return q
 
     def attention(self, q: torch.Tensor, cache: KVCache, layer: int, step: Step) -> torch.Tensor:
-        spans = step.spans[step.windows[layer]]
+        window = step.windows[layer]
+        spans = step.spans[window]
+        if self._fp8_attention and cache.scales is not None:
+            return self._attend_e4m3(q, cache, layer, spans, window)
         if len(spans) == 1 and spans[0].queries * spans[0].batch == q.shape[0]:
             return attend(q, cache, layer, spans[0])
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for span in spans:
             out[span.rows] = attend(q[span.rows], cache, layer, span)
+        return out
+
+    def _attend_e4m3(
+        self, q: torch.Tensor, cache: KVCache, layer: int, spans: list[Span], window: int | None
+    ) -> torch.Tensor:
+        """Single queries keep their precision."""
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for span in spans:
+            part = q[span.rows]
+            if span.queries == 1:
+                out[span.rows] = attend(part, cache, layer, span)
+                continue
+            values, scales = (
+                x.flatten(2, 3)[:, :, : span.length] for x in read_codes(cache, layer, span.blocks)
+            )
+            end = span.first + span.length
+            positions = torch.arange(end - span.queries, end, device=q.device)
+            out[span.rows] = attend_e4m3(part, values, scales, positions, span.first, window)
         return out
 
 
@@ -192,14 +221,24 @@ def read_kv(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V of these blocks, each [kv_heads, blocks * block_size, head_dim] of `dtype`."""
     # index_select copies whole rows, ten times as fast as indexing, and lays heads outermost.
-    values = cache.payload[layer].permute(1, 2, 0, 3, 4).index_select(2, blocks)
     if cache.scales is None:
-        values = values.to(dtype)
+        payload = cache.payload[layer].permute(1, 2, 0, 3, 4)
+        values = payload.index_select(2, blocks).to(dtype)
     else:
-        scales = cache.scales[layer].permute(1, 2, 0, 3).index_select(2, blocks)
-        values = dequantize_fp8(values, scales, dtype)
+        values = dequantize_fp8(*read_codes(cache, layer, blocks), dtype)
     k, v = values.flatten(2, 3).unbind(0)
     return k, v
+
+
+def read_codes(
+    cache: KVCache, layer: int, blocks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3 values [2, kv_heads, blocks, block_size, head_dim] of these blocks and their scales
+    [2, kv_heads, blocks, block_size]."""
+    # As bytes: torch does not index e4m3 on every device.
+    codes = cache.payload[layer].view(torch.uint8).permute(1, 2, 0, 3, 4).index_select(2, blocks)
+    scales = cache.scales[layer].permute(1, 2, 0, 3).index_select(2, blocks)
+    return codes.view(FP8), scales
 
 
 def attend(q: torch.Tensor, cache: KVCache, layer: int, span: Span) -> torch.Tensor:
@@ -278,7 +317,8 @@ def _long_span(batch: Batch, i: int, first: int, last: int, size: int, window: i
         if window is not None:
             hidden |= key <= query - window
         mask = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf)
-    return Span(slice(start, start + queries), 1, queries, blocks, length, mask, None)
+    first_key = skipped * size
+    return Span(slice(start, start + queries), 1, queries, blocks, length, first_key, mask, None)
 
 
 def _decode_span(batch: Batch, members: list[int], size: int, window: int | None) -> Span:
@@ -310,6 +350,7 @@ def _decode_span(batch: Batch, members: list[int], size: int, window: int | None
         queries=1,
         blocks=blocks.flatten(),
         length=width * size,
+        first=0,
         mask=mask[:, None, None],
         dead=dead.nonzero(as_tuple=True),
     )

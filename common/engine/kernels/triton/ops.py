@@ -109,6 +109,7 @@ class TritonOps:
     batch_invariant  a row's result is bitwise the same whatever else is in the step: one tile for
                      every number of tokens, and one attention for a prompt and for decoding
     rotate_qk        see `write_kv`
+    fp8_attention    prompts attend to an e4m3 cache by e4m3 products
 
     No method waits for the device. Nothing but `prepare` copies to it.
     """
@@ -119,11 +120,13 @@ class TritonOps:
         *,
         batch_invariant: bool = False,
         rotate_qk: bool = False,
+        fp8_attention: bool = False,
         multiprocessors: int | None = None,
     ) -> None:
         self._workspace = Workspace.on(device, multiprocessors)
         self._batch_invariant = batch_invariant
         self._rotate_qk = rotate_qk
+        self._fp8_attention = fp8_attention
         # One of each kind: its shape and what it is quantized by.
         self._linears: dict[tuple[object, ...], TritonLinear] = {}
 
@@ -231,7 +234,7 @@ class TritonOps:
         if count < len(table):
             prefill_attention(
                 q[count:], *pages, table[count:], step.query_start, step.context_len[count:],
-                out=out[count:], **how,
+                fp8_products=self._fp8_attention, out=out[count:], **how,
             )  # fmt: skip
         return out
 

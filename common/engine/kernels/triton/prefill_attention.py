@@ -65,7 +65,7 @@ def prefill_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     compute = compute_type(q.dtype, fp8)
     eight = fp8 and fp8_products
-    rows, tile, warps, stages = tile_config(d, group, compute, fp8, eight)
+    rows, tile, warps, stages = tile_config(d, group, tl.float16 if eight else compute, fp8, eight)
     sequences = len(context_len)
     if n == 0:
         return out

@@ -16,7 +16,8 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class ServiceSettings(BaseModel):
-    """What every service is told. Field names are the flags and the BATON_ variables."""
+    """What every service is told. Field names are the flags and the BATON_ variables; a field
+    without a description works like the others, but no user is told of it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -90,13 +91,15 @@ def _is_bool(info: FieldInfo) -> bool:
 
 
 def _help(info: FieldInfo) -> str:
+    if info.description is None:
+        return argparse.SUPPRESS
     if info.is_required():
         note = " (required)"
     elif info.default in (None, ""):
         note = ""
     else:
         note = f" (default: {info.default})"
-    return (info.description or "").replace("%", "%%") + note.replace("%", "%%")
+    return info.description.replace("%", "%%") + note.replace("%", "%%")
 
 
 def _refuse(prog: str, error: ValidationError) -> NoReturn:

@@ -35,8 +35,10 @@ def render() -> str:
             f"\n## {role}\n\n`baton serve {role}`\n\n| flag | default | what |\n|---|---|---|\n"
         )
         for name, field in model.model_fields.items():
+            if field.description is None:
+                continue
             default = "" if field.default in (None, "") else f"`{field.default}`"
-            text = (field.description or "").replace("|", "\\|")
+            text = field.description.replace("|", "\\|")
             parts.append(f"| `--{name.replace('_', '-')}` | {default} | {text} |\n")
     return "".join(parts)
 

@@ -34,6 +34,7 @@ class KVCache:
     kv_heads  the heads that payload and scales show, all of them by default: ranks that share a
               cache each see their own. Blocks have all heads, whoever looks
     fd        a file of memory of the cache's size, zero, to be `data`; None: memory of its own
+    shared    whether other ranks may have it as theirs too: there is an fd
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class KVCache:
     ) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
+        self.shared = fd is not None
         heads = range(layout.num_kv_heads) if kv_heads is None else kv_heads
         self.num_kv_heads = len(heads)
         self.static_scales = static_scales

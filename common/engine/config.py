@@ -293,6 +293,8 @@ class EngineConfig:
     fp8_attention           attention of prompts to an fp8_e4m3 KV cache multiplies in e4m3: twice
                             the rate of a GPU's products, less exact. Heads of 32 elements or more;
                             on a GPU, or emulated by kernels=reference
+    private_kv              ranks hold their KV heads in memory of their own, as they do on GPUs,
+                            also on a CPU, where sharing one cache is faster: for tests
 
     Raises ConfigError, naming the setting, for a value that cannot work.
     """
@@ -317,6 +319,7 @@ class EngineConfig:
     batch_invariant: bool = False
     rotate_qk: bool = False
     fp8_attention: bool = False
+    private_kv: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", Path(self.model))

@@ -8,6 +8,7 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
+from torch.distributed import is_nccl_available
 
 from common.engine.batch import Batch
 from common.engine.cache import KVCache, shared_memory
@@ -22,15 +23,18 @@ from common.engine.kernels import (
 )
 from common.engine.kernels.reference import ReferenceOps
 from common.engine.models import load_model
-from common.engine.parallel.group import Group
+from common.engine.parallel.group import Group, check_devices
 from common.engine.parallel.ranks import Ranks
+from common.engine.parallel.rooms import Room, SpreadBlocks, map_rooms, room_bytes
 from common.engine.parallel.shard import Shard
+from common.engine.parallel.wire import Move
 from common.engine.quantization.read import read_kv_scales
 from common.engine.quantization.scheme import on_load
 from common.engine.sampler import Choose
 from common.engine.sequence import UNKNOWN_TOKEN, Sequence, StepPlan
 from common.errors import BatonError, ConfigError
 from common.kv.connector import KVConnector
+from common.kv.connectors.pages import Pages
 from common.kv.layout import LAYOUT_VERSION, KVLayout
 
 # `dtype=auto` on a CPU: float32 weights up to here, where they are quick enough and most exact.
@@ -41,10 +45,15 @@ KV_DTYPE_OF = {"float32": "float32", "bfloat16": "bf16"}
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a runner stands among the ranks of a worker, and the files of memory they share."""
+    """Where a runner stands among the ranks of a worker, and the files of memory they share.
+
+    shared_fd   the KV cache of all ranks or, where each has its own, the rooms through which
+                blocks move (parallel/rooms.py)
+    meeting_fd  as in Group.connect
+    """
 
     rank: int
-    cache_fd: int
+    shared_fd: int
     meeting_fd: int
 
 
@@ -52,22 +61,27 @@ class ModelRunner:
     """Loads in the constructor; raises CheckpointError or ConfigError for what cannot be served.
 
     With tensor_parallel over 1 it starts the other ranks, whose runners have a `place`; each step
-    then runs on all of them. All ranks map one cache: what connectors read and write on rank 0 is
-    whole blocks, whatever the number of ranks.
+    then runs on all of them. On a CPU all ranks map one cache, on GPUs each has a cache of its
+    heads: what connectors read and write on rank 0 is whole blocks all the same.
 
     model_config   the checkpoint's ModelConfig
     layout         KVLayout of the cache's blocks
     fingerprint    16 bytes: whose KV this is (weights and quantization, KV dtype, layout, rope)
     num_blocks     blocks in the cache; block 0 is the null block, never allocated
-    cache          uint8 [num_blocks, block_bytes]
+    cache          the pages, for connectors
     max_model_len  most tokens of one sequence
     device         torch.device
     failure        resolved, on any thread, with the reason why no step can run any more
     """
 
     def __init__(self, config: EngineConfig, place: Place | None = None) -> None:
-        self.device = _device(config.device)
+        self.device = _device(config, place.rank if place else 0)
         self.config = config = config if place else _share_threads(config)
+        if place is not None and self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        # No GPU sees another's cache as its own.
+        private = config.private_kv or self.device.type == "cuda"
+        self._private = private and config.tensor_parallel > 1
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.model_config = model = model_config(config)
@@ -84,7 +98,8 @@ class ModelRunner:
         self.failure: Future[BatonError] = Future()
         self._ranks: Ranks | None = None
         self._place = place
-        self._group = Group(self.shard.rank, self.shard.size)
+        self._group = Group(self.shard.rank, self.shard.size, self.device)
+        self._room: Room | None = None
         try:
             if self.shard.size > 1 and place is None:
                 self._start_ranks()
@@ -92,17 +107,20 @@ class ModelRunner:
             if self._ranks is not None:
                 self._ranks.wait_loaded()
                 with self._ranks.explained("the ranks did not meet"):
-                    self.connect()
+                    self._ranks.wait_for(self.connect)
         except BaseException:
             self.close()
             raise
 
     def _start_ranks(self) -> None:
         config = replace(self.config, num_blocks=self.num_blocks, max_model_len=self.max_model_len)
-        cache_fd = shared_memory(self.num_blocks * self.layout.block_bytes)
-        self._place = Place(0, cache_fd, shared_memory(0))
-        self._ranks = Ranks(config, self._place.cache_fd, self._place.meeting_fd)
+        size = self.num_blocks * self.layout.block_bytes
+        if self._private:
+            size = self.shard.size * room_bytes(self.layout, self._own_layout)
+        self._place = Place(0, shared_memory(size), shared_memory(0))
+        self._ranks = Ranks(config, self._place.shared_fd, self._place.meeting_fd)
         self.failure = self._ranks.failure
+        self.failure.add_done_callback(lambda _, group=self._group: group.abort())
 
     def _load(self, dtype: torch.dtype) -> None:
         model = self.model_config
@@ -143,16 +161,35 @@ class ModelRunner:
             rotate_qk=config.rotate_qk,
             fp8_attention=config.fp8_attention,
         )
-        self._cache = KVCache(
-            self.layout,
-            self.num_blocks,
-            self.device,
-            static_scales=static_scales,
-            kv_heads=self.shard.kv_heads,
-            fd=self._place.cache_fd if self._place else None,
-        )
-        self.cache = self._cache.data
+        self._cache = self._make_cache(static_scales)
+        self.cache: Pages = self._cache.data
+        if self._private:
+            self.cache = self._join_rooms()
         self._graphs = self._tapes() if self.device.type == "cpu" else self._capture()
+
+    @property
+    def _own_layout(self) -> KVLayout:
+        """Of this rank's part of the blocks."""
+        return replace(self.layout, num_kv_heads=len(self.shard.kv_heads))
+
+    def _make_cache(self, static_scales: torch.Tensor | None) -> KVCache:
+        heads, blocks, device = self.shard.kv_heads, self.num_blocks, self.device
+        if self._private:
+            if static_scales is not None:
+                static_scales = static_scales[:, :, heads.start : heads.stop]
+            return KVCache(self._own_layout, blocks, device, static_scales=static_scales)
+        fd = self._place.shared_fd if self._place else None
+        scales = static_scales
+        return KVCache(self.layout, blocks, device, static_scales=scales, kv_heads=heads, fd=fd)
+
+    def _join_rooms(self) -> Pages:
+        size = self.shard.size
+        rooms = map_rooms(self._place.shared_fd, size)
+        self._room = Room(self._cache, rooms[self.shard.rank])
+        if self._ranks is None:
+            return self._cache.data
+        shards = [Shard.of(self.model_config, rank, size) for rank in range(size)]
+        return SpreadBlocks(self.layout, shards, rooms, self._ranks, self._room)
 
     def _tapes(self) -> Any:
         """The backend's way to run decode steps with one call, if it has one for this model."""
@@ -168,7 +205,8 @@ class ModelRunner:
     @torch.inference_mode()
     def _capture(self) -> DecodeGraphs | None:
         """Compiles all kernels, and makes graphs of decoding. The reference has none: its attention
-        looks at the lengths of the sequences."""
+        looks at the lengths of the sequences. Nor have several ranks: the sums between them are not
+        captured."""
         if isinstance(self._ops, ReferenceOps):
             return None
         config, layout = self.config, self.layout
@@ -180,6 +218,8 @@ class ModelRunner:
         warm_up(forward, lengths, self.max_model_len, layout.block_size, self.device)
         vocab = self.model_config.vocab_size
         self._ops.warm_up(vocab)
+        if self.shard.size > 1:
+            return None
         if config.batch_invariant:
             return None  # decoding is then attention of prompts, which reads lengths on the host
         width = layout.blocks_for(self.max_model_len)
@@ -194,7 +234,10 @@ class ModelRunner:
 
     @property
     def steps_ahead(self) -> bool:
-        """Whether the next step is prepared while this one runs."""
+        """Whether the next step is prepared while this one runs. Never on several GPUs: tokens
+        that only rank 0's device knows are none that it could send."""
+        if self.shard.size > 1 and self.device.type == "cuda":
+            return False
         wanted = self.config.async_scheduling
         return self.device.type == "cuda" if wanted is None else wanted
 
@@ -208,8 +251,11 @@ class ModelRunner:
         if self._ranks is not None:
             self._ranks.close()
             self._group.close()
+        if self._room is not None and not self.failure.done():
+            # Else the driver may wait for a dead rank here; the process is to end anyway.
+            self._room.close()
         if self._place is not None:
-            os.close(self._place.cache_fd)
+            os.close(self._place.shared_fd)
             os.close(self._place.meeting_fd)
             self._place = None
 
@@ -220,20 +266,32 @@ class ModelRunner:
 
         Raises Unavailable when another rank is gone.
         """
-        if not self.shard.writes_kv:
+        if not self.shard.writes_kv and not self._private:
             # Another rank writes the head that this one shares.
             batch = replace(batch, slot_mapping=torch.zeros_like(batch.slot_mapping))
         if self._graphs is not None and self._graphs.room_for(batch):
             return self._replay(batch, connector)
         if self._ranks is None:
+            batch = _batch_on(batch, self.device)
             return self._model.forward(batch, self._cache, connector).float()
-        if connector is not None:
+        layers = range(self.layout.num_layers) if connector is not None else ()
+        for layer in layers:
             # The other ranks have no connector to wait for.
-            for layer in range(self.layout.num_layers):
-                connector.wait_for_layer_load(layer)
+            connector.wait_for_layer_load(layer)
         self._ranks.send(batch)
+        # No rank could move blocks within a step: each waits there for all others.
+        within = None if self._private else connector
         with self._ranks.explained("rank 0 broke off a step"):
-            return self._model.forward(batch, self._cache, connector).float()
+            batch = _batch_on(batch, self.device)
+            logits = self._model.forward(batch, self._cache, within).float()
+            self._group.finish(self.failure)
+        for layer in layers if within is None else ():
+            connector.save_kv_layer(layer)
+        return logits
+
+    def move(self, order: Move) -> None:
+        """On ranks other than 0: copy this rank's part of blocks, as rank 0 says."""
+        self._room.move(order)
 
     def _replay(self, batch: Batch, connector: KVConnector | None) -> torch.Tensor:
         layers = range(self.layout.num_layers) if connector is not None else ()
@@ -247,7 +305,9 @@ class ModelRunner:
     def build_batch(self, plan: StepPlan) -> Batch:
         """The tensors of a plan; logit rows in the order of its sampled sequences, then those
         of its `prompt_rows`."""
-        return build_batch(plan, self.layout.block_size, self.device)
+        # What is sent to other ranks is not on a device yet.
+        device = self.device if self._ranks is None else torch.device("cpu")
+        return build_batch(plan, self.layout.block_size, device)
 
 
 def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
@@ -310,6 +370,14 @@ def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _batch_on(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on the device."""
+    if batch.token_ids.device.type == device.type:
+        return batch
+    names = ("token_ids", "positions", "slot_mapping", "block_table", "logit_rows")
+    return replace(batch, **{name: _move(getattr(batch, name), device) for name in names})
 
 
 def model_config(config: EngineConfig) -> ModelConfig:
@@ -409,23 +477,22 @@ def _share_threads(config: EngineConfig) -> EngineConfig:
     """The settings of one of the ranks: together they use the threads that one would."""
     if config.tensor_parallel == 1:
         return config
-    if config.device != "cpu":
-        raise ConfigError(
-            f"tensor_parallel is {config.tensor_parallel} with device {config.device!r}; ranks "
-            "share their KV cache in the machine's memory: set device to cpu, or tensor_parallel "
-            "to 1"
-        )
     if not hasattr(os, "memfd_create"):
         raise ConfigError("tensor_parallel over 1 needs Linux; set it to 1")
     threads = config.threads or torch.get_num_threads()
     return replace(config, threads=max(1, threads // config.tensor_parallel))
 
 
-def _device(name: str) -> torch.device:
+def _device(config: EngineConfig, rank: int) -> torch.device:
+    """The rank's own device, when there are several."""
+    name = config.device
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"device is {name!r}; set it to cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device is {name!r}, but torch finds no CUDA device; set it to cpu")
-    return device
+    if config.tensor_parallel == 1:
+        return device
+    check_devices(config.tensor_parallel, device, torch.cuda.device_count(), is_nccl_available())
+    return device if device.type == "cpu" else torch.device("cuda", rank)

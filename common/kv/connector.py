@@ -34,17 +34,17 @@ from typing import TYPE_CHECKING, Any
 from common.kv.layout import KVLayout
 
 if TYPE_CHECKING:
-    import torch
-
     from common.engine.sequence import Sequence, StepPlan
+    from common.kv.connectors.pages import Pages
 
 
 @dataclass(frozen=True, slots=True)
 class KVCaches:
-    """What a connector may touch: `cache` is uint8 `[num_blocks, block_bytes]`; `fingerprint`
-    identifies whose KV it is; `wake()` may be called from any thread."""
+    """What a connector may touch: `cache` are the pages, which the functions of
+    common/kv/connectors/pages.py read and write as uint8 `[num_blocks, block_bytes]`, wherever they
+    are; `fingerprint` identifies whose KV it is; `wake()` may be called from any thread."""
 
-    cache: "torch.Tensor"
+    cache: "Pages"
     layout: KVLayout
     fingerprint: bytes
     wake: Callable[[], None]
@@ -107,7 +107,8 @@ class KVConnector:
         again before rank 0 reads this one."""
 
     def save_kv_layer(self, layer: int) -> None:
-        """After a layer's KV of this step is in the pages, that of all ranks."""
+        """After a layer's KV of this step is in the pages, that of all ranks; after the whole step
+        where other layers' pages cannot be read within it (graphs, ranks with private caches)."""
 
     def wait_for_save(self) -> None:
         """After the step: everything to be saved was copied or is held by request_finished. Those

@@ -17,11 +17,14 @@ from common.engine.sequence import EngineRequest, RequestOutput
 from common.errors import BatonError, Leaving, Unavailable
 from common.faults import Faults
 from common.kv.connector import KVConnector
-from common.rpc.lifecycle import Lifecycle
+from common.rpc.lifecycle import Lifecycle, end_now
 from common.worker.settings import WorkerSettings
 
 log = structlog.get_logger("worker")
 
+# When the engine is lost the process ends within this, though the engine's thread may be where
+# nothing ends it: on a GPU, in a driver that waits for a rank that is gone.
+LOST_S = 4.0
 # What aborted requests get to report back before the engine is stopped under them.
 ABORT_S = 2.0
 STOP_S = 5.0
@@ -185,6 +188,9 @@ class EngineHost:
         self.status = pb.WORKER_STATUS_DRAINING
         log.error("engine_lost", reason=str(error))
         self._lifecycle.fail(error)
+        end = threading.Timer(LOST_S, end_now, (error,))
+        end.daemon = True
+        end.start()
 
     def _healthy(self) -> bool:
         return self._engine is None or self._engine.state().healthy

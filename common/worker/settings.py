@@ -78,6 +78,8 @@ class WorkerSettings(ServiceSettings):
         description="e4m3 products in the attention of prompts to FP8 KV: faster on a GPU, less "
         "exact",
     )
+    # No description: for tests of what ranks on GPUs do.
+    private_kv: bool = False
 
     @field_validator("kvstore")
     @classmethod
@@ -139,6 +141,7 @@ class WorkerSettings(ServiceSettings):
             batch_invariant=self.batch_invariant,
             rotate_qk=self.rotate_qk,
             fp8_attention=self.fp8_attention,
+            private_kv=self.private_kv,
         )
 
 

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence as Seq
 
+import numpy as np
 import torch
 
 from common.engine.batch import Batch
@@ -14,7 +15,11 @@ def make_runner(path, **settings) -> ModelRunner:
     """A runner whose cache is full of bytes that are NaN in every KV dtype."""
     defaults = {"num_blocks": 800, "max_model_len": 256, "threads": 1}
     runner = ModelRunner(EngineConfig(model=path, **{**defaults, **settings}))
-    runner.cache.fill_(0xFF)
+    shape = runner.num_blocks, runner.layout.block_bytes
+    if isinstance(runner.cache, torch.Tensor):
+        runner.cache.fill_(0xFF)
+    else:
+        runner.cache.write(range(runner.num_blocks), np.full(shape, 0xFF, np.uint8))
     return runner
 
 

@@ -17,6 +17,8 @@ from tests.support.ranks import ranks_of
 
 TWO = ["--tensor-parallel", "2"]
 FOUR = ["--tensor-parallel", "4"]
+# Each rank has a cache of its own, as on GPUs.
+TWO_APART = [*TWO, "--private-kv"]
 PROMPTS = [f"{i} codes: river=48{i} lamp=19{i} stone=27{i} cloud=91{i} " * 8 for i in range(6)]
 TOKENS = 24
 DEATH_S = 5.0
@@ -56,6 +58,16 @@ def test_prefill_ranks_hand_their_kv_to_another_number_of_decode_ranks(
     tmp_path: Path, expected: list[str], prefill: list[str], decode: list[str]
 ) -> None:
     with Mesh(tmp_path, kvstore=0, args={"prefill": prefill, "decode": decode}) as mesh:
+        check_tokens_and_handoffs(mesh, expected)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode"), [(TWO_APART, []), ([], TWO_APART)], ids=["2-1", "1-2"]
+)
+def test_ranks_with_caches_of_their_own_send_and_receive_whole_blocks(
+    tmp_path: Path, expected: list[str], prefill: list[str], decode: list[str]
+) -> None:
+    with Mesh(tmp_path, args={"prefill": prefill, "decode": decode}) as mesh:
         check_tokens_and_handoffs(mesh, expected)
 
 

@@ -11,6 +11,7 @@ class Settings(ServiceSettings):
     max_bytes: ByteSize = Field(ByteSize(2**20), description="bytes kept")
     prefix_caching: bool = Field(True, description="reuse prefixes")
     name: str | None = Field(None, description="its name")
+    for_tests: bool = False
 
 
 def read(*argv, **environ):
@@ -53,3 +54,12 @@ def test_help_shows_every_flag_and_its_default(capsys):
 def test_settings_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         read().port = 1
+
+
+def test_a_field_without_a_description_works_and_is_not_told_of(capsys):
+    assert read("--for-tests").for_tests
+    with pytest.raises(SystemExit):
+        read("--help")
+    told = capsys.readouterr().out
+    assert "--name" in told
+    assert "for-tests" not in told

@@ -36,6 +36,25 @@ async def test_a_restarted_worker_finds_the_prefix_in_the_store(start, model):
     await second.idle()
 
 
+async def test_ranks_with_caches_of_their_own_save_and_load_whole_blocks(start, model):
+    store = start("kvstore")
+    prompt = random_prompt(200, 15)
+    one = ("--kvstore", store.address)
+    two = (*one, "--tensor-parallel", "2", "--private-kv")
+
+    async def stored():
+        return (await store.state()).load.blocks_cached >= 12
+
+    for flags, cached in ((two, 0), (one, 192), (two, 192)):
+        worker = start("decode", flags=flags)
+        async with GatewaySession(worker.address) as session:
+            reply = await (await session.submit(prompt)).end()
+            assert (reply.cached, reply.error) == (cached, None)
+            assert is_greedy(model, prompt, reply.tokens, 16)
+        await until(stored, "12 blocks stored")
+        worker.stop()
+
+
 async def test_what_a_drained_worker_had_computed_is_in_the_store_when_it_is_gone(start, model):
     store = start("kvstore")
     prompt = random_prompt(100, 14)

@@ -95,7 +95,7 @@ class DenseDecoder:
                 connector.wait_for_layer_load(index)
             norm = None if layer.qk_norm is None else (layer.qk_norm, eps)
             q = ops.write_kv(qkv, cache, index, step, norm)  # [n, h, d]
-            if self.shard.kv_is_shared:
+            if self.shard.kv_is_shared and cache.shared:
                 group.barrier()  # what is read next, another rank may have written
             last = index == config.num_layers - 1
             if last and not len(batch.logit_rows):

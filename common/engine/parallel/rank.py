@@ -1,6 +1,6 @@
 """The process of a rank other than 0: loads its part of the model, then runs what it is sent.
 
-    python -m common.engine.parallel.rank RANK SOCKET_FD CACHE_FD MEETING_FD
+    python -m common.engine.parallel.rank RANK SOCKET_FD SHARED_FD MEETING_FD
 
 It ends when rank 0 closes the socket or dies, whatever it is doing then.
 """
@@ -13,14 +13,15 @@ import sys
 import threading
 from pathlib import Path
 
+from common.engine.batch import Batch
 from common.engine.config import EngineConfig
-from common.engine.parallel.wire import receive_batch, receive_json, send_json
+from common.engine.parallel.wire import receive_json, receive_order, send_json
 from common.engine.runner import ModelRunner, Place
 from common.errors import BatonError
 
 
 def main(argv: list[str]) -> int:
-    rank, socket_fd, cache_fd, meeting_fd = map(int, argv)
+    rank, socket_fd, shared_fd, meeting_fd = map(int, argv)
     # What stops the worker is for rank 0, which finishes what runs before it lets go of the ranks.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -32,14 +33,18 @@ def main(argv: list[str]) -> int:
             return 0
         config = EngineConfig(**{**settings, "model": Path(settings["model"])})
         try:
-            runner = ModelRunner(config, Place(rank, cache_fd, meeting_fd))
+            runner = ModelRunner(config, Place(rank, shared_fd, meeting_fd))
         except BatonError as error:
             send_json(rank_0, {"error": str(error), "kind": type(error).__name__})
             return 1
         send_json(rank_0, {})
         runner.connect()
-        while (batch := receive_batch(rank_0)) is not None:
-            runner.forward(batch)
+        while (order := receive_order(rank_0)) is not None:
+            if isinstance(order, Batch):
+                runner.forward(order)
+            else:
+                runner.move(order)
+                send_json(rank_0, {})
     return 0
 
 

@@ -8,8 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, InvalidStateError
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import structlog
 
 from common.engine.batch import Batch
 from common.engine.config import EngineConfig
-from common.engine.parallel.wire import encode_batch, receive_json, send_json
+from common.engine.parallel.wire import Move, encode_order, receive_json, send_json
 from common.errors import BatonError, CheckpointError, ConfigError, Unavailable
 
 log = structlog.get_logger("ranks")
@@ -26,7 +26,7 @@ log = structlog.get_logger("ranks")
 END_S = 1.0
 # A rank's death breaks rank 0's step at once; how it died is known a moment later.
 EXPLAIN_S = 1.0
-# A rank that does not take a step's message for so long is stuck.
+# A rank that does not take an order, or answer one, for so long is stuck.
 SEND_S = 120.0
 # Where `common` is: the ranks import the same code, wherever they are started.
 ROOT = Path(__file__).resolve().parents[3]
@@ -40,20 +40,20 @@ class Ranks:
     killed, and `failure` holds the reason.
 
     config      what the ranks run, every limit resolved
-    cache_fd    file of memory that is the KV cache of all ranks
+    shared_fd   file of memory that all ranks map: see Place
     meeting_fd  as in Group.connect
 
     Used on one thread; `failure` may be watched from any.
     """
 
-    def __init__(self, config: EngineConfig, cache_fd: int, meeting_fd: int) -> None:
+    def __init__(self, config: EngineConfig, shared_fd: int, meeting_fd: int) -> None:
         self.failure: Future[BatonError] = Future()
         self._sockets: list[socket.socket] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._ending = threading.Event()
         try:
             for rank in range(1, config.tensor_parallel):
-                self._start(rank, config, cache_fd, meeting_fd)
+                self._start(rank, config, shared_fd, meeting_fd)
         except BaseException:
             self.close()
             raise
@@ -61,10 +61,10 @@ class Ranks:
             watch = (rank, process, self._processes, self.failure, self._ending)
             threading.Thread(target=_watch, args=watch, name="baton-rank", daemon=True).start()
 
-    def _start(self, rank: int, config: EngineConfig, cache_fd: int, meeting_fd: int) -> None:
+    def _start(self, rank: int, config: EngineConfig, shared_fd: int, meeting_fd: int) -> None:
         ours, theirs = socket.socketpair()
         self._sockets.append(ours)
-        fds = (theirs.fileno(), cache_fd, meeting_fd)
+        fds = (theirs.fileno(), shared_fd, meeting_fd)
         # -P: a folder named `common` where the user stands is not ours.
         command = [sys.executable, "-P", "-m", "common.engine.parallel.rank", str(rank)]
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -90,14 +90,39 @@ class Ranks:
                 raise ERRORS.get(answer["kind"], BatonError)(f"rank {rank}: {answer['error']}")
             peer.settimeout(SEND_S)
 
-    def send(self, batch: Batch) -> None:
-        """Have every rank run this step. Raises Unavailable when one is gone."""
+    def send(self, order: Batch | Move) -> None:
+        """Have every rank run this step, or move these blocks. Raises Unavailable when one is
+        gone."""
         if self.failure.done():
             raise self.failure.result()
-        message = encode_batch(batch)
-        with self.explained("a step could not be sent to a rank"):
+        message = encode_order(order)
+        with self.explained("an order could not be sent to a rank"):
             for peer in self._sockets:
                 peer.sendall(message)
+
+    def wait_moved(self) -> None:
+        """Returns when every rank has done the move that it was sent last. Raises
+        ConnectionError when one is gone."""
+        for rank, peer in enumerate(self._sockets, 1):
+            if receive_json(peer) is None:
+                raise ConnectionError(f"rank {rank} ended while it moved blocks")
+
+    def wait_for(self, call: Callable[[], None]) -> None:
+        """Run what all ranks take part in and what may never return when one of them is gone.
+        Raises what it raises, or `failure` where that comes first."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(call())
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=run, name="baton-ranks", daemon=True).start()
+        wait((done, self.failure), return_when=FIRST_COMPLETED)
+        if not done.done():
+            raise self.failure.result()
+        done.result()
 
     @contextlib.contextmanager
     def explained(self, symptom: str) -> Iterator[None]:

@@ -17,7 +17,8 @@ class Shard:
     num_heads     query heads
     kv_heads      KV heads that these attend to
     kv_is_shared  there are fewer KV heads than ranks: several ranks attend to the same one
-    writes_kv     False on a rank whose KV head another rank writes into the cache
+    writes_kv     False on a rank whose KV head another one has too, which is the one to write it
+                  into a cache that they share, or to give it out of a cache of its own
     q_rows        rows of Q's matrix, columns of the output projection's
     kv_rows       rows of K's and of V's matrix
     mlp           rows of the gate's and up's matrices, columns of down's

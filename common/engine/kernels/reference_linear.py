@@ -9,6 +9,7 @@ applied. The weights are decoded once, here: 4 bytes each.
 import torch
 import torch.nn.functional as F
 
+from common.engine.kernels import Linear
 from common.engine.quantization.fp8 import decode, quantize_input, spread
 from common.engine.quantization.scheme import Activation
 from common.engine.weight import Weight
@@ -43,3 +44,13 @@ class BlockLinear:
         values, scale = quantize_input(x, Activation.GROUP, None)
         scaled = values.mul_(scale).flatten(1)[:, : x.shape[1]]
         return F.linear(scaled, self.values, self.bias).to(x.dtype)
+
+
+class StackedLinear:
+    """See `Ops.stacked`."""
+
+    def __init__(self, parts: list[Linear]) -> None:
+        self.parts = parts
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(x) for part in self.parts], -1)

@@ -11,9 +11,8 @@ import numpy as np
 from numba import carray
 
 from common.engine.kernels.cpu import simd
+from common.engine.kernels.cpu.e4m3 import FLOAT32_MAX, quantize_row, scale_of
 from common.engine.kernels.cpu.launch import Kernel, compile_kernel, fields
-
-FLOAT32_MAX = np.float32(3.4028234663852886e38)
 
 
 class TakeArguments(ctypes.Structure):
@@ -41,21 +40,51 @@ def take_kernel() -> Kernel:
     return compile_kernel(take, TakeArguments)
 
 
+class QuantizeArguments(ctypes.Structure):
+    """Addresses. x [num_items, width] becomes what e4m3.quantize_row makes of it: `out`, whose rows
+    are as far apart as those of x, and scales [num_items, width / columns rounded up]."""
+
+    _fields_ = fields("x out scales static width columns")
+
+
+@cache
+def quantize_kernel(io: int) -> Kernel:
+    """io: simd's kind of x."""
+
+    def quantize(address):
+        a = carray(address, 1)[0]
+        next_item = simd.address_of(address)
+        groups = (a.width + a.columns - 1) // a.columns
+        while True:
+            row = simd.fetch_add(next_item, 1)
+            if row >= a.num_items:
+                break
+            offset = row * a.width * simd.size(io)
+            scales = a.scales + 4 * row * groups
+            quantize_row(io, a.x + offset, a.out + offset, scales, a.static, a.width, a.columns)
+
+    return compile_kernel(quantize, QuantizeArguments)
+
+
 class NormArguments(ctypes.Structure):
     """Addresses. x, delta, out [num_items, width]; weight [width]. delta 0: none. x gets the
-    sum, out its RMSNorm."""
+    sum, out its RMSNorm, quantized in place where scales is not 0: see QuantizeArguments."""
 
-    _fields_ = (*fields("x delta weight out width"), ("eps", ctypes.c_double))
+    _fields_ = (
+        *fields("x delta weight out width scales static columns"),
+        ("eps", ctypes.c_double),
+    )
 
 
 @cache
 def add_norm_kernel(io: int) -> Kernel:
-    """io: simd's kind of all four."""
+    """io: simd's kind of x, delta, weight and out."""
     element = (4, 2)[io]
 
     def add_norm(address):
         a = carray(address, 1)[0]
         next_item = simd.address_of(address)
+        groups = (a.width + a.columns - 1) // a.columns
         while True:
             row = simd.fetch_add(next_item, 1)
             if row >= a.num_items:
@@ -74,24 +103,29 @@ def add_norm_kernel(io: int) -> Kernel:
             for i in range(0, a.width * element, 16 * element):
                 x = simd.mul(simd.load(io, a.x + offset + i), factor)
                 simd.store(io, a.out + offset + i, simd.mul(x, simd.load(io, a.weight + i)))
+            if a.scales != 0:
+                out, scales = a.out + offset, a.scales + 4 * row * groups
+                quantize_row(io, out, out, scales, a.static, a.width, a.columns)
 
     return compile_kernel(add_norm, NormArguments)
 
 
 class SiluArguments(ctypes.Structure):
-    """Addresses. gate_up [num_items, 2 * width], out [num_items, width]."""
+    """Addresses. gate_up [num_items, 2 * width], out [num_items, width], quantized in place where
+    scales is not 0: see QuantizeArguments."""
 
-    _fields_ = fields("gate_up out width")
+    _fields_ = fields("gate_up out width scales static columns")
 
 
 @cache
 def silu_mul_kernel(io: int) -> Kernel:
-    """io: simd's kind of both."""
+    """io: simd's kind of gate_up and out."""
     element = (4, 2)[io]
 
     def silu_mul(address):
         a = carray(address, 1)[0]
         next_item = simd.address_of(address)
+        groups = (a.width + a.columns - 1) // a.columns
         bytes_ = a.width * element
         one = simd.splat(np.float32(1.0))
         while True:
@@ -104,6 +138,9 @@ def silu_mul_kernel(io: int) -> Kernel:
                 below = simd.exp(simd.mul(gate, simd.splat(np.float32(-1.0))))
                 x = simd.div(gate, simd.add(one, below))
                 simd.store(io, a.out + row * bytes_ + i, simd.mul(x, up))
+            if a.scales != 0:
+                out, scales = a.out + row * bytes_, a.scales + 4 * row * groups
+                quantize_row(io, out, out, scales, a.static, a.width, a.columns)
 
     return compile_kernel(silu_mul, SiluArguments)
 
@@ -185,20 +222,6 @@ def rotate_head(io, x, dim, signs, scratch):
     for i in range(0, dim, 16):
         y = simd.mul(simd.load_float32(scratch + 4 * i), by)
         simd.store(io, x + i * simd.size(io), y)
-
-
-@simd.part
-def scale_of(io, x, dim, static):
-    """By what a vector is divided: the number at `static`, or amax / 448 where that is 0."""
-    if static != 0:
-        return simd.scalar_float32(static)
-    sizes = simd.splat(np.float32(0.0))
-    for i in range(0, dim, 16):
-        sizes = simd.larger_size(sizes, simd.load(io, x + i * simd.size(io)))
-    largest = simd.largest_size(sizes)
-    if largest > FLOAT32_MAX:
-        largest = FLOAT32_MAX
-    return largest / np.float32(448.0)
 
 
 @simd.part

@@ -31,6 +31,9 @@ log = structlog.get_logger("kernels")
 # Brings a recorded kernel's arguments up to date, from a step's batch and what was prepared of it.
 Refresh = Callable[[Any, Any, Any], None]
 
+# Smaller work is done sooner than a second thread has begun it.
+ELEMENTS_PER_THREAD = 16384
+
 KIND = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float8_e4m3fn: E4M3}
 
 
@@ -123,6 +126,11 @@ def empty(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     if recording.recorder is not None:
         return recording.recorder.empty(rows, width, dtype)
     return torch.empty(rows, width, dtype=dtype)
+
+
+def threads_for(elements: int) -> int:
+    """Threads worth waking for element-wise work of this size."""
+    return min(torch.get_num_threads(), 1 + elements // ELEMENTS_PER_THREAD)
 
 
 class Kernel:

@@ -1,7 +1,7 @@
 """The operations of a model step on a CPU: compiled kernels, packed matrices.
 
-What a kernel does not cover (head sizes that are no multiple of 32, FP8 matrices whose sizes are no
-multiples of 16) is left to the reference.
+What a kernel does not cover (head sizes that are no multiple of 32, FP8 matrices whose rows are no
+multiple of 16) is left to the reference.
 """
 
 import sys
@@ -16,17 +16,15 @@ from common.engine.cache import TORCH_DTYPES, KVCache
 from common.engine.config import ModelConfig
 from common.engine.kernels import Linear
 from common.engine.kernels.cpu import attention, elementwise, matmul, prefill
-from common.engine.kernels.cpu.launch import KIND, TEAM_SIZE, empty, recording
+from common.engine.kernels.cpu.launch import KIND, TEAM_SIZE, empty, recording, threads_for
 from common.engine.kernels.cpu.linear import TiledLinear, best
 from common.engine.kernels.cpu.matmul import CompiledLinear
 from common.engine.kernels.cpu.plan import Planner, Step
-from common.engine.kernels.cpu.quantized import Fp8Linear, fits
+from common.engine.kernels.cpu.quantized import Fp8Linear, Quantized, fits
 from common.engine.kernels.cpu.tape import DecodeTapes
 from common.engine.kernels.reference import ReferenceOps, hadamard
 from common.engine.weight import Weight
 
-# Smaller work is done sooner than a second thread has begun it.
-ELEMENTS_PER_THREAD = 16384
 # Element-wise work on more rows takes long enough to let other Python threads run.
 MANY_ROWS = 64
 HEAD_DIM_MULTIPLE = 32
@@ -61,10 +59,14 @@ class CpuOps(ReferenceOps):
             linear = Fp8Linear(weight, bias) if fits(weight) else super().linear(weight, bias)
         else:
             linear = best(weight.values.dtype, matmul.fits(weight.values))(weight.values, bias)
-        if isinstance(linear, CompiledLinear):
+        if isinstance(linear, CompiledLinear | Fp8Linear):
             return linear
         self._all_compiled = False
         return TiledLinear(linear, weight) if self._batch_invariant else linear
+
+    def stacked(self, parts: list[Linear]) -> Linear:
+        self._all_compiled = False
+        return super().stacked(parts)
 
     def tapes(
         self,
@@ -101,31 +103,31 @@ class CpuOps(ReferenceOps):
         weight: torch.Tensor,
         eps: float,
         into: Linear,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | Quantized]:
         rows, width = x.shape
         if width % 16:
             return super().add_norm(x, delta, weight, eps, into)
-        out = empty(rows, width, x.dtype)
         a = self._norm
+        out, handed = _result(a, rows, width, x.dtype, into)
         a.x, a.weight, a.out = x.data_ptr(), weight.data_ptr(), out.data_ptr()
         a.delta = 0 if delta is None else delta.data_ptr()
         a.width, a.eps = width, eps
         threads = threads_for(rows * width)
         elementwise.add_norm_kernel(KIND[x.dtype]).run(a, rows, threads, long=rows > MANY_ROWS)
-        return x, out
+        return x, handed
 
-    def silu_mul(self, gate_up: torch.Tensor, into: Linear) -> torch.Tensor:
+    def silu_mul(self, gate_up: torch.Tensor, into: Linear) -> torch.Tensor | Quantized:
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
         if width % 16:
             return super().silu_mul(gate_up, into)
-        out = empty(rows, width, gate_up.dtype)
         a = self._silu
+        out, handed = _result(a, rows, width, gate_up.dtype, into)
         a.gate_up, a.out, a.width = gate_up.data_ptr(), out.data_ptr(), width
         threads = threads_for(4 * rows * width)
         elementwise.silu_mul_kernel(KIND[gate_up.dtype]).run(
             a, rows, threads, long=rows > MANY_ROWS
         )
-        return out
+        return handed
 
     def prepare(
         self,
@@ -181,6 +183,23 @@ class CpuOps(ReferenceOps):
         return out.view(q.shape)
 
 
+def _result(
+    a: elementwise.NormArguments | elementwise.SiluArguments,
+    rows: int,
+    width: int,
+    dtype: torch.dtype,
+    into: Linear,
+) -> tuple[torch.Tensor, torch.Tensor | Quantized]:
+    """Where a kernel computes what `into` reads, and what that is handed; `a` is told."""
+    if isinstance(into, Fp8Linear):
+        out, made = into.results(rows, dtype)
+        into.describe(a, made)
+        return out, made
+    a.scales, a.static, a.columns = 0, 0, width
+    out = empty(rows, width, dtype)
+    return out, out
+
+
 def _refresh_take(name: str, a: elementwise.TakeArguments, batch: Batch, step: Step) -> None:
     a.rows = getattr(batch, name).data_ptr()
 
@@ -199,11 +218,6 @@ def _refresh_decode(
     a.parts, a.scratch = now.parts, now.scratch
     splits.fill(a)
     a.num_items = len(splits.items) * lanes
-
-
-def threads_for(elements: int) -> int:
-    """Threads worth waking for element-wise work of this size."""
-    return min(torch.get_num_threads(), 1 + elements // ELEMENTS_PER_THREAD)
 
 
 def addresses(cache: KVCache, layer: int) -> tuple[int, int]:

@@ -1,286 +1,314 @@
-"""FP8 matrices on a CPU, one byte a weight in memory: e4m3 becomes float32 in registers.
+"""Products with FP8 matrices on a CPU, one byte a weight in memory.
 
-For few tokens, where reading the weights is what takes the time, a kernel multiplies as it reads
-them. For many, tiles of the matrix are turned into float32, which stays in the cache, for torch's
-float32 product. Products of e4m3 values are exact in float32, sums are float32, row scales are
-factors of the sum and block scales of the sums of 128 terms (DeepSeek-AI 2024, DeepSeek-V3).
+Every e4m3 value is exact in bfloat16, so matrix and input, quantized as its scheme says, are
+multiplied as pairs of bfloat16, with sums in float32: what FP8 tensor cores with float32
+accumulation compute. Row scales are factors of the sum; block scales of the sums of 128 terms,
+which are added up in float32 (DeepSeek-AI 2024, DeepSeek-V3).
+
+The matrix lies in panels as in `matmul`, of bytes. A few rows have them decoded in registers; for
+many, a chunk of a panel is decoded once for all of an item's tiles. Either way a sum goes
+along the row in one order: a row's bits depend on that row alone.
 """
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from numba import carray
 
-from common.engine.kernels.cpu import simd, tiles
-from common.engine.kernels.cpu.launch import KIND, Kernel, compile_kernel, fields
+from common.engine.kernels.cpu import e4m3, elementwise, simd, tiles
+from common.engine.kernels.cpu.launch import (
+    KIND,
+    Kernel,
+    compile_kernel,
+    empty,
+    fields,
+    threads_for,
+)
 from common.engine.quantization.scheme import BLOCK, Activation
 from common.engine.weight import Weight
 
-LANES = simd.LANES
-# Tokens that the kernel can have at once, their sums in registers. For more, tiles for torch are
-# faster (4096 x 4096, one thread: 6 ms both ways at 8 tokens; 10 and 8 ms at 16).
-GROUPS = (1, 4, 8)
-# Of a tile in float32.
-TILE_BYTES = 2**22
-FLOAT32_MAX = 3.4028234663852886e38
+LANES, BFLOAT16 = simd.LANES, simd.BFLOAT16
+PANEL = 2 * LANES
+# Rows of a work item, a multiple of 4.
+ITEM_ROWS = 192
+# Rows, one or two, for which an item is two panels.
+PAIR_ROWS = 2
+# Rows for which decoding in registers is quicker than doing it once for all.
+FEW_ROWS = 16
+# How far ahead of the products a panel is fetched, in bytes.
+AHEAD = 4096
+# A product with fewer multiplications is done sooner than a second thread has begun it.
+PRODUCTS_PER_THREAD = 2**17
 
-
-class QuantizeArguments(ctypes.Structure):
-    """Addresses. One item is a row.
-
-    x       [num_items, width]
-    out     [num_items, width] float32: e4m3 values, times their scale if `scaled`
-    scales  [num_items, width / columns rounded up] float32
-    fixed   one float32: the scale of all; 0: amax / 448 of each
-    """
-
-    _fields_ = fields("x out scales fixed width columns scaled")
-
-
-@cache
-def quantize_kernel(io: int) -> Kernel:
-    """io: simd's kind of x."""
-    element = (4, 2)[io]
-
-    def quantize(address):
-        a = carray(address, 1)[0]
-        next_item = simd.address_of(address)
-        limit = np.float32(FLOAT32_MAX)
-        groups = (a.width + a.columns - 1) // a.columns
-        while True:
-            row = simd.fetch_add(next_item, 1)
-            if row >= a.num_items:
-                break
-            for group in range(groups):
-                start = row * a.width + group * a.columns
-                count = min(a.columns, a.width - group * a.columns)
-                x, out = a.x + start * element, a.out + 4 * start
-                if a.fixed != 0:
-                    scale = simd.scalar_float32(a.fixed)
-                else:
-                    sizes = simd.splat(np.float32(0.0))
-                    for i in range(0, count, 16):
-                        sizes = simd.larger_size(sizes, simd.load(io, x + i * element))
-                    largest = simd.largest_size(sizes)
-                    if largest > limit:
-                        largest = limit
-                    scale = largest / np.float32(448.0)
-                simd.put_float32(a.scales + 4 * (row * groups + group), scale)
-                divisor = simd.splat(scale)
-                if scale == np.float32(0.0):
-                    divisor = simd.splat(np.float32(1.0))
-                factor = simd.splat(np.float32(1.0))
-                if a.scaled != 0:
-                    factor = simd.splat(scale)
-                for i in range(0, count, 16):
-                    y = simd.div(simd.clamp(simd.load(io, x + i * element), limit), divisor)
-                    simd.store_e4m3(out + 4 * i, simd.clamp(y, np.float32(448.0)))
-                    rounded = simd.load_e4m3(out + 4 * i)
-                    simd.store_float32(out + 4 * i, simd.mul(rounded, factor))
-
-    return compile_kernel(quantize, QuantizeArguments)
-
-
-class DecodeArguments(ctypes.Structure):
-    """Addresses. One item is a row of weights [num_items, width] e4m3, out float32, times the
-    scales of its blocks if there are any: those of the row are scales_width, of float32, apart."""
-
-    _fields_ = fields("weights out scales scales_width first_row width")
-
-
-@cache
-def decode_kernel(has_blocks: bool) -> Kernel:
-    def decode(address):
-        a = carray(address, 1)[0]
-        next_item = simd.address_of(address)
-        while True:
-            row = simd.fetch_add(next_item, 1)
-            if row >= a.num_items:
-                break
-            weights, out = a.weights + row * a.width, a.out + 4 * row * a.width
-            scales = a.scales + 4 * ((a.first_row + row) // BLOCK) * a.scales_width
-            for k in range(0, a.width, 16):
-                value = simd.load_e4m3_number(weights + k)
-                if has_blocks:
-                    scale = simd.scalar_float32(scales + 4 * (k // BLOCK))
-                    value = simd.mul(value, simd.splat(scale))
-                simd.store_float32(out + 4 * k, value)
-
-    return compile_kernel(decode, DecodeArguments)
+STEPS = BLOCK // 2  # of a block's columns
+STEP = e4m3.STEP_BYTES
+# Columns that are decoded together: few enough for a core's second cache, enough for rows of x to
+# be read in long runs.
+CHUNK_STEPS = 4 * STEPS
+DECODED_BYTES = 2 * STEP * CHUNK_STEPS
+SUMS_BYTES = 4 * PANEL * ITEM_ROWS
 
 
 class MultiplyArguments(ctypes.Structure):
-    """Addresses. One item is 16 rows of weights, for all tokens.
+    """Addresses and sizes. An item is a panel for ITEM_ROWS rows, or two for all of PAIR_ROWS.
 
-    x            [group, width] float32, e4m3 values
-    x_scales     [tokens, width / 128 rounded up] float32 for block scales, else [tokens]
-    weights      [16 * num_items, width] e4m3
-    scales       [rows / 128, width / 128] rounded up, float32, else one for each row
-    bias         [16 * num_items] float32; 0: none
-    out          [tokens, 16 * num_items]
-    scratch      scratch_bytes for each thread
+    x         [rows, width] bfloat16 that are e4m3 values, rows x_stride bytes apart
+    x_scales  [rows, blocks] float32 for block scales, else [rows]
+    weights   [panels, width / 2, 64], as `e4m3.pack` has them
+    scales    [columns / 128 rounded up, blocks] float32 for block scales, else [panels * 32]
+    bias      [panels * 32] float32
+    out       [rows, columns], contiguous
+    blocks    width / 128, rounded up
     """
 
-    _fields_ = fields("x x_scales weights scales bias out width tokens scratch scratch_bytes")
+    _fields_ = fields(
+        "x x_stride x_scales weights scales bias out rows columns width panels blocks"
+    )
 
 
-def scratch_bytes(group: int) -> int:
-    """Of a thread: 16 sums of each token [group, 16, 16], sums of a block [group, 16]."""
-    return 4 * group * LANES * (LANES + 1)
+@simd.part
+def finish_tile(has_blocks, io, a, panel, row, tile):
+    """Rows `row` and up of the result, from sums."""
+    column, out_stride = panel * PANEL, a.columns * simd.size(io)
+    if not has_blocks:
+        tile = e4m3.scale_tile(tile, a.x_scales + 4 * row, 4, a.scales + 4 * column)
+    tile = e4m3.add_row(tile, a.bias + 4 * column)
+    out, left = a.out + row * out_stride + column * simd.size(io), a.columns - column
+    tiles.store_half(io, 0, tile, out, out_stride, left)
+    if left > LANES:
+        tiles.store_half(io, 1, tile, out, out_stride, left)
+
+
+@simd.part
+def add_block(a, panel, row, block, tile, part):
+    """tile and the sums of a block's terms, times their scales."""
+    scale = simd.scalar_float32(a.scales + 4 * (panel * PANEL // BLOCK * a.blocks + block))
+    x_scales = a.x_scales + 4 * (row * a.blocks + block)
+    return e4m3.add_scaled(tile, part, x_scales, 4 * a.blocks, scale)
+
+
+@simd.part
+def multiply_few(has_blocks, io, native, size, a, panel, first, last):
+    """The rows [first, last), `size` at once; the last tile begins earlier rather than ending
+    later. Decodes in registers."""
+    steps = a.width // 2
+    row = first
+    while row < last:
+        at = min(row, last - size)
+        x = a.x + at * a.x_stride
+        weights = a.weights + panel * steps * STEP
+        tile = e4m3.zero_tile(size)
+        for start in range(0, steps, STEPS if has_blocks else steps):
+            part = e4m3.zero_tile(size)
+            for step in range(start, min(start + STEPS, steps) if has_blocks else steps):
+                simd.prefetch(weights + AHEAD)
+                part = e4m3.add_step(native, part, x + 4 * step, a.x_stride, weights)
+                weights += STEP
+            tile = add_block(a, panel, at, start // STEPS, tile, part) if has_blocks else part
+        finish_tile(has_blocks, io, a, panel, at, tile)
+        row += size
+
+
+@simd.part
+def multiply_pair(has_blocks, io, native, size, a, panel, other):
+    """The same for `size` rows, all there are, and two panels: one or two rows alone have too few
+    sums under way for a core, since each waits for the one before."""
+    steps = a.width // 2
+    weights, others = a.weights + panel * steps * STEP, a.weights + other * steps * STEP
+    tile, other_tile = e4m3.zero_tile(size), e4m3.zero_tile(size)
+    for start in range(0, steps, STEPS if has_blocks else steps):
+        part, other_part = e4m3.zero_tile(size), e4m3.zero_tile(size)
+        for step in range(start, min(start + STEPS, steps) if has_blocks else steps):
+            simd.prefetch(weights + AHEAD)
+            simd.prefetch(others + AHEAD)
+            x = a.x + 4 * step
+            part = e4m3.add_step(native, part, x, a.x_stride, weights)
+            other_part = e4m3.add_step(native, other_part, x, a.x_stride, others)
+            weights += STEP
+            others += STEP
+        if has_blocks:
+            tile = add_block(a, panel, 0, start // STEPS, tile, part)
+            other_tile = add_block(a, other, 0, start // STEPS, other_tile, other_part)
+        else:
+            tile, other_tile = part, other_part
+    finish_tile(has_blocks, io, a, panel, 0, tile)
+    finish_tile(has_blocks, io, a, other, 0, other_tile)
+
+
+@simd.part
+def multiply_chunk(has_blocks, native, size, a, panel, first, last, start, count, decoded, sums):
+    """Of the rows [first, last), `size` at once as above: adds the products of `count` steps from
+    `start` on, which are at `decoded` for this panel, to the tiles at `sums`. Where these end."""
+    row = first
+    while row < last:
+        at = min(row, last - size)
+        x = a.x + at * a.x_stride + 4 * start
+        tile = e4m3.load_tile(size, sums)
+        for begin in range(0, count, STEPS if has_blocks else count):
+            part = e4m3.zero_tile(size) if has_blocks else tile
+            for step in range(begin, min(begin + STEPS, count) if has_blocks else count):
+                weights = decoded + 2 * STEP * step
+                part = tiles.add_step(BFLOAT16, native, part, x + 4 * step, a.x_stride, weights)
+            block = (start + begin) // STEPS
+            tile = add_block(a, panel, at, block, tile, part) if has_blocks else part
+        tiles.store_rows(tile, sums, 64)
+        row += size
+        sums += 4 * PANEL * size
+    return sums
+
+
+@simd.part
+def finish_tiles(has_blocks, io, size, a, panel, first, last, sums):
+    """The rows [first, last) of the result, from the tiles at `sums`. Where these end."""
+    row = first
+    while row < last:
+        at = min(row, last - size)
+        finish_tile(has_blocks, io, a, panel, at, e4m3.load_tile(size, sums))
+        row += size
+        sums += 4 * PANEL * size
+    return sums
+
+
+@simd.part
+def multiply_many(has_blocks, io, native, a, panel, first, last):
+    """The rows [first, last), 8 to ITEM_ROWS: each chunk of columns is decoded once and multiplied
+    by all tiles' part of x. Their sums wait in memory."""
+    decoded, sums = e4m3.stack(DECODED_BYTES), e4m3.stack(SUMS_BYTES)
+    steps = a.width // 2
+    weights = a.weights + panel * steps * STEP
+    e4m3.clear(sums, SUMS_BYTES)
+    # Tiles of 12 and, at the end, up to two of 8: as few rows as can be.
+    fours = (last - first + 3) // 4
+    eights = 2 * fours % 3
+    middle = first + 4 * (fours - 2 * eights) if eights > 0 else last
+    for start in range(0, steps, CHUNK_STEPS):
+        count = min(CHUNK_STEPS, steps - start)
+        for step in range(count):
+            simd.prefetch(weights + AHEAD)
+            e4m3.unpack_step(native, weights, decoded + 2 * STEP * step)
+            weights += STEP
+        place = multiply_chunk(
+            has_blocks, native, 12, a, panel, first, middle, start, count, decoded, sums
+        )
+        multiply_chunk(has_blocks, native, 8, a, panel, middle, last, start, count, decoded, place)
+    place = finish_tiles(has_blocks, io, 12, a, panel, first, middle, sums)
+    finish_tiles(has_blocks, io, 8, a, panel, middle, last, place)
 
 
 @cache
-def multiply_kernel(has_blocks: bool, io: int, group: int) -> Kernel:
-    """io: simd's kind of out; group: tokens at once."""
-    element = (4, 2)[io]
-    sums_bytes = 4 * LANES * LANES
+def multiply_kernel(has_blocks: bool, io: int, native: bool) -> Kernel:
+    """io: simd's kind of out; native: as `e4m3.NATIVE`."""
 
     def multiply(address):
         a = carray(address, 1)[0]
         next_item = simd.address_of(address)
-        thread = simd.fetch_add(next_item + 8, 1)
-        sums = a.scratch + thread * a.scratch_bytes
-        part = sums + group * sums_bytes
-        row_bytes = 4 * a.width
-        columns = BLOCK if has_blocks else a.width
-        blocks = (a.width + columns - 1) // columns
-        outs = LANES * a.num_items
         while True:
             item = simd.fetch_add(next_item, 1)
             if item >= a.num_items:
                 break
-            for r in range(LANES):
-                row = item * LANES + r
-                weights = a.weights + row * a.width
-                if has_blocks:
-                    for g in range(group):
-                        zero = simd.splat(np.float32(0.0))
-                        simd.store_float32(sums + g * sums_bytes + 64 * r, zero)
-                for block in range(blocks):
-                    start = block * columns
-                    acc = tiles.zero_rows(group)
-                    for k in range(start, min(start + columns, a.width), 16):
-                        w = simd.load_e4m3_number(weights + k)
-                        acc = tiles.dot_rows(acc, w, a.x + 4 * k, row_bytes)
-                    if not has_blocks:
-                        tiles.store_rows(acc, sums + 64 * r, sums_bytes)
-                        continue
-                    tiles.store_rows(acc, part, 64)
-                    scale = simd.scalar_float32(a.scales + 4 * ((row // BLOCK) * blocks + block))
-                    for g in range(a.tokens):
-                        of_x = simd.scalar_float32(a.x_scales + 4 * (g * blocks + block))
-                        place = sums + g * sums_bytes + 64 * r
-                        total = simd.fma(
-                            simd.load_float32(part + 64 * g),
-                            simd.splat(scale * of_x),
-                            simd.load_float32(place),
-                        )
-                        simd.store_float32(place, total)
-            for g in range(a.tokens):
-                value = tiles.totals(sums + g * sums_bytes)
-                if not has_blocks:
-                    of_x = simd.scalar_float32(a.x_scales + 4 * g)
-                    value = simd.mul(value, simd.splat(of_x))
-                    value = simd.mul(value, simd.load_float32(a.scales + 64 * item))
-                if a.bias != 0:
-                    value = simd.add(value, simd.load_float32(a.bias + 64 * item))
-                place = g * outs + LANES * item
-                simd.store(io, a.out + place * element, value)
+            if a.rows <= PAIR_ROWS:
+                panel, other = 2 * item, min(2 * item + 1, a.panels - 1)
+                if a.rows == 1:
+                    multiply_pair(has_blocks, io, native, 1, a, panel, other)
+                else:
+                    multiply_pair(has_blocks, io, native, 2, a, panel, other)
+                continue
+            panel, first = item % a.panels, item // a.panels * ITEM_ROWS
+            last = min(first + ITEM_ROWS, a.rows)
+            count = last - first
+            if count > FEW_ROWS:
+                multiply_many(has_blocks, io, native, a, panel, first, last)
+            elif count >= 8:
+                multiply_few(has_blocks, io, native, 8, a, panel, first, last)
+            elif count >= 4:
+                multiply_few(has_blocks, io, native, 4, a, panel, first, last)
+            elif count >= 2:
+                multiply_few(has_blocks, io, native, 2, a, panel, first, last)
+            else:
+                multiply_few(has_blocks, io, native, 1, a, panel, first, last)
 
     return compile_kernel(multiply, MultiplyArguments)
 
 
-@cache
-def warm(has_blocks: bool, io: int) -> None:
-    """Compiles all that a matrix may need, so that no later step waits for it."""
-    quantize_kernel(io)
-    decode_kernel(has_blocks)
-    for group in GROUPS:
-        multiply_kernel(has_blocks, io, group)
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """Rows as an Fp8Linear multiplies them.
 
+    values  [n, in] bfloat16 that are e4m3 values, each row contiguous
+    scales  [n, 1], or [n, in / 128] rounded up, float32
+    dtype   of what they were made from, and of the product
+    """
 
-def multiply_float32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x @ weight.T: by oneDNN where torch has it, twice as fast as its other library on some CPUs,
-    also with a matrix that is not laid out for it."""
-    if torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return F.linear(x, weight)
+    values: torch.Tensor
+    scales: torch.Tensor
+    dtype: torch.dtype
 
 
 def fits(weight: Weight) -> bool:
-    """Whether Fp8Linear takes this matrix: its sizes are multiples of 16."""
-    return all(size % LANES == 0 for size in weight.values.shape)
+    """Whether Fp8Linear takes this matrix [out, in]: `in` is a multiple of 16."""
+    return weight.values.shape[1] % LANES == 0
 
 
 class Fp8Linear:
-    """See `Linear`. For matrices that fit."""
+    """See `Linear`. For matrices that fit. The matrix itself is not kept."""
 
     def __init__(self, weight: Weight, bias: torch.Tensor | None) -> None:
         self.out, self.width = weight.values.shape
-        self.weights = weight.values.contiguous()
-        self.scales = weight.scale.contiguous()
         self.has_blocks = weight.activation is Activation.GROUP
+        self.packed = e4m3.pack(weight.values)
+        # What its input is divided by, as QuantizeArguments has it.
         self.columns = BLOCK if self.has_blocks else self.width
         self.groups = -(-self.width // self.columns)
-        self.fixed = None if weight.input_scale is None else weight.input_scale.contiguous()
-        self.bias = None if bias is None else bias.float()
-        self._quantize = QuantizeArguments()
-        self._decode = DecodeArguments()
-        self._multiply = MultiplyArguments()
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if len(x) == 0:
-            return x.new_empty(0, self.out)
-        warm(self.has_blocks, KIND[x.dtype])
-        return self._few(x) if len(x) <= GROUPS[-1] else self._many(x)
-
-    def _input(self, x: torch.Tensor, rows: int, scaled: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """e4m3 values [rows, in] float32 and scales [tokens, groups]; rows past x are zero."""
-        x = x.contiguous()
-        values = torch.empty(rows, self.width)
-        values[len(x) :] = 0
-        scales = torch.empty(len(x), self.groups)
-        a = self._quantize
-        a.x, a.out, a.scales = x.data_ptr(), values.data_ptr(), scales.data_ptr()
-        a.fixed = 0 if self.fixed is None else self.fixed.data_ptr()
-        a.width, a.columns, a.scaled = self.width, self.columns, scaled
-        threads = torch.get_num_threads() if x.numel() > 16384 else 1
-        quantize_kernel(KIND[x.dtype]).run(a, len(x), threads)
-        return values, scales
-
-    def _few(self, x: torch.Tensor) -> torch.Tensor:
-        tokens, threads = len(x), torch.get_num_threads()
-        group = next(g for g in GROUPS if g >= tokens)
-        values, scales = self._input(x, group, False)
-        out = x.new_empty(tokens, self.out)
-        each = scratch_bytes(group)
-        scratch = np.empty(threads * each + 64, np.uint8)
-        a = self._multiply
-        a.x, a.x_scales, a.out = values.data_ptr(), scales.data_ptr(), out.data_ptr()
-        a.weights, a.scales = self.weights.data_ptr(), self.scales.data_ptr()
-        a.bias = 0 if self.bias is None else self.bias.data_ptr()
-        a.width, a.tokens = self.width, tokens
-        a.scratch, a.scratch_bytes = -(-scratch.ctypes.data // 64) * 64, each
-        kernel = multiply_kernel(self.has_blocks, KIND[x.dtype], group)
-        kernel.run(a, self.out // LANES, threads)
-        return out
-
-    def _many(self, x: torch.Tensor) -> torch.Tensor:
-        values, scales = self._input(x, len(x), self.has_blocks)
-        rows = min(self.out, max(LANES, TILE_BYTES // (4 * self.width)))
-        tile = torch.empty(rows, self.width)
-        out = torch.empty(len(x), self.out)
-        a = self._decode
-        a.out, a.scales, a.width = tile.data_ptr(), self.scales.data_ptr(), self.width
-        a.scales_width = self.groups
-        for first in range(0, self.out, rows):
-            last = min(first + rows, self.out)
-            a.weights, a.first_row = self.weights.data_ptr() + first * self.width, first
-            decode_kernel(self.has_blocks).run(a, last - first, torch.get_num_threads())
-            out[:, first:last] = multiply_float32(values, tile[: last - first])
+        self.input_scale = None if weight.input_scale is None else weight.input_scale.contiguous()
+        padded = len(self.packed) * PANEL
+        self.scales, self.bias = weight.scale.contiguous(), torch.zeros(padded)
         if not self.has_blocks:
-            out.mul_(scales).mul_(self.scales.view(-1))
-        return (out if self.bias is None else out.add_(self.bias)).to(x.dtype)
+            self.scales = torch.zeros(padded)
+            self.scales[: self.out] = weight.scale.view(-1)
+        if bias is not None:
+            self.bias[: self.out] = bias
+        a = self._arguments = MultiplyArguments()
+        a.weights, a.scales = self.packed.data_ptr(), self.scales.data_ptr()
+        a.bias, a.blocks = self.bias.data_ptr(), -(-self.width // BLOCK)
+        a.columns, a.width, a.panels = self.out, self.width, len(self.packed)
+        self._quantize = elementwise.QuantizeArguments()
+
+    def results(self, rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, Quantized]:
+        """Memory for a kernel that computes its input: [rows, in] of this dtype, and the same
+        memory as what quantizing that in place makes of it."""
+        out = empty(rows, self.width, dtype)
+        values = out.view(torch.bfloat16)[:, : self.width]
+        return out, Quantized(values, empty(rows, self.groups, torch.float32), dtype)
+
+    def describe(self, a: ctypes.Structure, x: Quantized) -> None:
+        """Tells such a kernel, by its arguments, to quantize what it computes."""
+        a.scales, a.columns = x.scales.data_ptr(), self.columns
+        a.static = 0 if self.input_scale is None else self.input_scale.data_ptr()
+
+    def quantize(self, x: torch.Tensor) -> Quantized:
+        """x [n, in] as this matrix has its input."""
+        x = x.contiguous()
+        out, made = self.results(len(x), x.dtype)
+        a = self._quantize
+        a.x, a.out, a.width = x.data_ptr(), out.data_ptr(), self.width
+        self.describe(a, made)
+        elementwise.quantize_kernel(KIND[x.dtype]).run(a, len(x), threads_for(2 * x.numel()))
+        return made
+
+    def __call__(self, x: torch.Tensor | Quantized) -> torch.Tensor:
+        if not isinstance(x, Quantized):
+            x = self.quantize(x)
+        rows = len(x.values)
+        out = empty(rows, self.out, x.dtype)
+        if rows == 0:
+            return out
+        a = self._arguments
+        a.x, a.x_stride = x.values.data_ptr(), 2 * x.values.stride(0)
+        a.x_scales, a.out, a.rows = x.scales.data_ptr(), out.data_ptr(), rows
+        items = a.panels * -(-rows // ITEM_ROWS) if rows > PAIR_ROWS else -(-a.panels // 2)
+        products = rows * self.out * self.width
+        threads = min(torch.get_num_threads(), 1 + products // PRODUCTS_PER_THREAD)
+        multiply_kernel(self.has_blocks, KIND[x.dtype], e4m3.NATIVE).run(a, items, threads)
+        return out

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from common.engine.batch import Batch
 from common.engine.cache import KVCache
 from common.engine.kernels import Linear
+from common.engine.kernels.reference_linear import StackedLinear
 from common.engine.kernels.triton.activation import silu_mul
 from common.engine.kernels.triton.decode_attention import decode_attention
 from common.engine.kernels.triton.gemm import Workspace, choose_tiles, matmul
@@ -155,6 +156,9 @@ class TritonOps:
         scale = None if weight.scale is None else weight.scale.shape
         self._linears[weight.values.shape, scale, weight.activation] = made
         return made
+
+    def stacked(self, parts: list[Linear]) -> Linear:
+        return StackedLinear(parts)
 
     def prepare(
         self,

@@ -22,6 +22,7 @@ from common.engine.config import EngineConfig
 from common.engine.engine import Engine
 from common.engine.sampling_params import SamplingParams, choice_seed
 from common.engine.sequence import EngineRequest
+from common.engine.warm_up import warm_up_request
 from common.errors import CheckpointError, InvalidRequest
 from common.text.detokenizer import IncrementalDecoder
 from common.text.template import ChatTemplate
@@ -57,7 +58,8 @@ class _Running:
 
 
 class LLM:
-    """A model folder, loaded once, that completes prompts.
+    """A model folder, loaded once, that completes prompts. Its kernels are compiled, or found on
+    disk, when the constructor returns.
 
     model             folder of a Hugging Face checkpoint; without a tokenizer it serves token ids
     dtype             auto | float32 | bfloat16
@@ -136,6 +138,18 @@ class LLM:
         self.engine.start()
         # Also at the interpreter's exit, before the threads are torn down.
         self._finalizer = weakref.finalize(self, self.engine.stop)
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """One small request, so that no call waits for a compiler."""
+        self.engine.submit(warm_up_request(self.engine.runner.max_model_len))
+        ended = False
+        while not ended:
+            for output in self._steps.get():
+                if output.error is not None:
+                    self.close()
+                    raise output.error
+                ended = output.finish_reason is not None
 
     def close(self) -> None:
         """End the engine; the LLM is of no use afterwards. Done at exit otherwise."""

@@ -12,8 +12,8 @@ import structlog
 
 from baton.v1 import worker_pb2 as pb
 from common.engine.engine import Engine
-from common.engine.sampling_params import SamplingParams
 from common.engine.sequence import EngineRequest, RequestOutput
+from common.engine.warm_up import warm_up_request
 from common.errors import BatonError, Leaving, Unavailable
 from common.faults import Faults
 from common.kv.connector import KVConnector
@@ -28,9 +28,6 @@ LOST_S = 4.0
 # What aborted requests get to report back before the engine is stopped under them.
 ABORT_S = 2.0
 STOP_S = 5.0
-WARM_UP_TOKENS = 32
-# A tenant of its own: the warm-up's blocks are found by nobody.
-WARM_UP_TENANT = "\x00warm-up"
 
 Listener = Callable[[RequestOutput], None]
 
@@ -98,14 +95,8 @@ class EngineHost:
     async def _warm_up(self) -> None:
         """One small request through the whole engine: what is lazy or broken shows before Ready."""
         engine = self._need_engine()
-        count = max(1, min(WARM_UP_TOKENS, engine.runner.max_model_len - 2))
-        prefill = count if self.role == pb.ROLE_PREFILL else None
-        request = EngineRequest(
-            request_id="warm-up",
-            prompt_token_ids=[0] * count,
-            params=SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True),
-            tenant=WARM_UP_TENANT,
-            prefill_tokens=prefill,
+        request = warm_up_request(
+            engine.runner.max_model_len, prefill_only=self.role == pb.ROLE_PREFILL
         )
         done: asyncio.Future[RequestOutput] = self._loop.create_future()
 

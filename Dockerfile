@@ -69,9 +69,15 @@ HEALTHCHECK --interval=5s --timeout=5s --start-period=60s --retries=3 \
 ENTRYPOINT ["baton", "serve", "kvstore"]
 CMD ["--host", "0.0.0.0"]
 
+# Compiled kernels, so that only a machine's first worker waits for them. What lies in the folder is
+# run: it is the user's alone, also in a volume, which takes its owner from here.
 FROM runtime AS worker
 COPY --from=worker-build /opt/baton /opt/baton
 COPY models /models
+USER 0:0
+RUN install -d -m 0700 -o 10001 -g 10001 /var/cache/baton
+USER 10001:10001
+ENV XDG_CACHE_HOME=/var/cache/baton
 
 FROM worker AS prefill
 EXPOSE 7100

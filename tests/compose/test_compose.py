@@ -156,6 +156,17 @@ def test_workers_of_one_machine_share_memory(mesh):
     assert [set(to.values()) for to in links] == [{"shm"}]
 
 
+def test_compiled_kernels_lie_in_a_volume_that_all_workers_share(mesh):
+    count = "from pathlib import Path; print(len(list(Path('/var/cache/baton').rglob('*.nbc'))))"
+    found = []
+    for role in ("prefill", "decode"):
+        (container,) = mesh.containers(role)
+        mounts = {to["Destination"]: to["Type"] for to in _inspect(mesh, container)["Mounts"]}
+        assert mounts["/var/cache/baton"] == "volume"
+        found.append(int(mesh.docker("exec", container, "python", "-c", count)))
+    assert found[0] == found[1] > 0
+
+
 def test_public_grpc_is_published(mesh):
     from common.rpc.probe import probe
 

@@ -60,16 +60,24 @@ def _cache_folder() -> Path:
         homes.insert(0, Path(xdg))
     for home in homes:
         folder = home / f"baton-{os.getuid()}" / f"kernels-{digest.hexdigest()}"
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            owner = folder.parent.stat()
-        except OSError:
-            continue
-        private = owner.st_uid == os.getuid() and not owner.st_mode & 0o022
-        if private and os.access(folder, os.W_OK):
+        reason = _trouble(folder)
+        if reason is None:
             return folder
+        log.warning("kernel_cache_refused", folder=str(folder), reason=reason)
     log.warning("no_kernel_cache", tried=[str(home) for home in homes])
     return Path(tempfile.mkdtemp(prefix="baton-kernels-"))
+
+
+def _trouble(folder: Path) -> str | None:
+    """Why this folder, made if it is not there, is no place for kernels; None: it is one."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = folder.parent.stat()
+    except OSError as error:
+        return str(error)
+    if owner.st_uid != os.getuid() or owner.st_mode & 0o022:
+        return f"others may write to {folder.parent}; make it this user's own, with mode 0700"
+    return None if os.access(folder, os.W_OK) else "this user may not write there"
 
 
 def _openmp() -> ctypes.CDLL | None:

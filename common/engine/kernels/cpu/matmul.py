@@ -3,25 +3,25 @@
 The matrix lies in panels of 32 columns of the result (rows of the weight), each read once from its
 first byte to its last: bfloat16 in pairs along a row, as AVX-512's dot product of pairs takes them
 (the layout that Intel calls VNNI). A tile of up to 12 rows of the result stays in registers
-(Goto & van de Geijn 2008). Every sum goes along the row in one order, whatever the tile: a row's
-bits depend on that row alone.
+(Goto & van de Geijn 2008); while a panel is multiplied by all tiles, the next comes from memory, so
+that reading and computing take the time of the longer and not of both. Every sum goes along the row
+in one order, whatever the tile: a row's bits depend on that row alone.
 """
 
 import ctypes
 from functools import cache
 
+import numpy as np
 import torch
 from numba import carray
 
-from common.engine.kernels.cpu import simd, tiles
+from common.engine.kernels.cpu import memory, simd, tiles
 from common.engine.kernels.cpu.launch import KIND, Kernel, compile_kernel, empty, fields
 
 LANES = simd.LANES
 PANEL = 2 * LANES
 # Rows of a work item: of x they stay in a core's second cache while panels pass by.
 ITEM_ROWS = 192
-# How far ahead of the products a panel is fetched, in bytes.
-AHEAD = 2048
 # A product with fewer multiplications is done sooner than a second thread has begun it.
 PRODUCTS_PER_THREAD = 2**17
 
@@ -33,15 +33,17 @@ class MatmulArguments(ctypes.Structure):
     weights     [panels, width * 32], as `pack` has them
     bias        [panels * 32] float32
     out         [rows, columns], contiguous
+    threads     that share the items
     """
 
-    _fields_ = fields("x x_stride weights bias out rows columns width panels")
+    _fields_ = fields("x x_stride weights bias out rows columns width panels threads")
 
 
 @simd.part
-def multiply_rows(io, native, size, a, panel, first, last):
+def multiply_rows(io, native, size, a, panel, first, last, ahead, lines, end):
     """The rows [first, last), `size` at once; the last tile begins earlier rather than ending
-    later."""
+    later. With every 4 steps the caches fetch `lines` more lines, from `ahead` to `end`; the first
+    that is left."""
     steps, out_stride = a.width * simd.size(io), a.columns * simd.size(io)
     column = panel * PANEL
     columns = a.columns - column
@@ -51,16 +53,31 @@ def multiply_rows(io, native, size, a, panel, first, last):
         x = a.x + at * a.x_stride
         weights = a.weights + panel * steps * PANEL
         tile = tiles.start_tile(size, a.bias + 4 * column)
-        for k in range(0, steps, 4):
-            simd.prefetch(weights + AHEAD)
-            simd.prefetch(weights + AHEAD + 64)
-            tile = tiles.add_step(io, native, tile, x + k, a.x_stride, weights)
-            weights += 4 * PANEL
+        for k in range(0, steps, 16):
+            stop = min(ahead + 64 * lines, end)
+            while ahead < stop:
+                simd.prefetch(ahead)
+                ahead += 64
+            for step in range(4):
+                tile = tiles.add_step(io, native, tile, x + k + 4 * step, a.x_stride, weights)
+                weights += 4 * PANEL
         out = a.out + at * out_stride + column * simd.size(io)
         tiles.store_half(io, 0, tile, out, out_stride, columns)
         if columns > LANES:
             tiles.store_half(io, 1, tile, out, out_stride, columns)
         row += size
+    return ahead
+
+
+@simd.part
+def cut_rows(count):
+    """Tiles of 12 and of 8 rows for `count` rows, 8 or more: as few rows as can be, then as few
+    tiles."""
+    if count < 12:
+        return 0, -(-count // 8)
+    fours = -(-count // 4)
+    eights = 2 * fours % 3
+    return (fours - 2 * eights) // 3, eights
 
 
 @cache
@@ -70,6 +87,7 @@ def matmul_kernel(io: int, native: bool) -> Kernel:
     def matmul(address):
         a = carray(address, 1)[0]
         next_item = simd.address_of(address)
+        panel_bytes = a.width * simd.size(io) * PANEL
         while True:
             item = simd.fetch_add(next_item, 1)
             if item >= a.num_items:
@@ -77,16 +95,27 @@ def matmul_kernel(io: int, native: bool) -> Kernel:
             panel, first = item % a.panels, item // a.panels * ITEM_ROWS
             last = min(first + ITEM_ROWS, a.rows)
             count = last - first
-            if count > 16:
-                multiply_rows(io, native, 12, a, panel, first, last)
-            elif count >= 8:
-                multiply_rows(io, native, 8, a, panel, first, last)
+            # Threads mostly take turns, so this one's next item is known: its panel comes from
+            # memory while this one's is computed with.
+            ahead, end = np.int64(0), np.int64(0)
+            if item + a.threads < a.num_items:
+                ahead = a.weights + (item + a.threads) % a.panels * panel_bytes
+                end = ahead + panel_bytes
+            if count >= 8:
+                twelves, eights = cut_rows(count)
+                # 4 steps are 8 lines of a panel, which comes once and is read by each tile.
+                lines = 1 + 7 // (twelves + eights)
+                middle = first + 12 * twelves
+                if eights == 0:
+                    middle = last
+                ahead = multiply_rows(io, native, 12, a, panel, first, middle, ahead, lines, end)
+                multiply_rows(io, native, 8, a, panel, middle, last, ahead, lines, end)
             elif count >= 4:
-                multiply_rows(io, native, 4, a, panel, first, last)
+                multiply_rows(io, native, 4, a, panel, first, last, ahead, 8, end)
             elif count >= 2:
-                multiply_rows(io, native, 2, a, panel, first, last)
+                multiply_rows(io, native, 2, a, panel, first, last, ahead, 8, end)
             else:
-                multiply_rows(io, native, 1, a, panel, first, last)
+                multiply_rows(io, native, 1, a, panel, first, last, ahead, 8, end)
 
     return compile_kernel(matmul, MatmulArguments)
 
@@ -100,7 +129,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     """[out, in] -> [panels, in * 32], zeros past the last row."""
     out, width = weight.shape
     panels, pair = -(-out // PANEL), 4 // weight.element_size()
-    packed = weight.new_zeros(panels, width // pair, PANEL, pair)
+    packed = memory.zeros(panels, width // pair, PANEL, pair, dtype=weight.dtype)
     whole = out // PANEL
     rows = weight[: whole * PANEL].view(whole, PANEL, width // pair, pair)
     packed[:whole] = rows.transpose(1, 2)
@@ -141,5 +170,6 @@ class CompiledLinear:
         threads = min(
             torch.get_num_threads(), 1 + rows * self.packed.numel() // PRODUCTS_PER_THREAD
         )
+        a.threads = torch.get_num_threads()
         matmul_kernel(KIND[self.dtype], tiles.HAS_BFLOAT16).run(a, items, threads)
         return out

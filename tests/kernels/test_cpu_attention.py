@@ -165,3 +165,26 @@ def test_the_row_of_a_sequence_is_bitwise_the_same_alone_and_in_a_batch_and_in_a
         assert torch.equal(run(q[i : i + 1], [row])[0], together[i])
     chunk = torch.cat((torch.randn(9, 6, 64), q[:1]))
     assert torch.equal(run(chunk, [([0] * 10, 690, owned[0])])[-1], together[0])
+
+
+@pytest.mark.parametrize(
+    ("kv_dtype", "dtype", "window"),
+    [("bf16", torch.bfloat16, None), ("bf16", torch.bfloat16, 70), ("fp8_e4m3", torch.float32, 9)],
+)
+def test_the_rows_of_a_chunk_are_bitwise_the_same_however_a_prompt_is_cut(kv_dtype, dtype, window):
+    layout = KVLayout(NUM_LAYERS, 2, 64, 16, kv_dtype)
+    table = list(range(1, 24))
+    cache, _ = filled_cache(layout, 24, [table], [350])
+    q = torch.randn(350, 6, 64).to(dtype)
+
+    def run(*ends):
+        parts = []
+        for start, end in itertools.pairwise((0, *ends)):
+            batch = make_batch([([0] * (end - start), start, table)], 16)
+            step = CpuOps().prepare(batch, cache, 6, (None, window), ROPE)
+            parts.append(CpuOps().attention(q[start:end], cache, LAYER, step))
+        return torch.cat(parts)
+
+    whole = run(350)
+    assert torch.equal(run(8, 75, 203, 350), whole)
+    assert torch.equal(run(64, 350), whole)

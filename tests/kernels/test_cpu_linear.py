@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from common.engine.kernels.cpu import linear, matmul, tiles
+from common.engine.kernels.cpu import linear, matmul, memory, tiles
 from common.engine.kernels.cpu.ops import CpuOps
 from common.engine.weight import Weight
 from tests.support.mesh import ROOT
@@ -104,3 +104,16 @@ def test_products_of_ever_more_numbers_of_rows_keep_a_limited_memory():
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     # With the libraries' own limits it is 330 MiB.
     assert int(done.stdout) < 100 * 2**20
+
+
+def test_memory_for_matrices_is_zero_and_nobody_elses(monkeypatch):
+    monkeypatch.setattr(memory, "CHUNK_BYTES", 2**21)
+    shapes = [(3, 5), (7, 64), (1000, 1000), (1,), (2000, 1000), (64, 64)]
+    parts = [memory.zeros(*shape, dtype=torch.bfloat16) for shape in shapes]
+    for i, part in enumerate(parts):
+        assert part.shape == shapes[i]
+        assert part.data_ptr() % 64 == 0
+        assert not part.any()
+        part.fill_(i + 1)
+    for i, part in enumerate(parts):
+        assert (part == i + 1).all()

@@ -43,6 +43,7 @@ def function(returns: types.Type, *arguments: types.Type) -> Callable[[Callable]
             1: lambda typing, a: (returns(*arguments), generate),
             2: lambda typing, a, b: (returns(*arguments), generate),
             3: lambda typing, a, b, c: (returns(*arguments), generate),
+            4: lambda typing, a, b, c, d: (returns(*arguments), generate),
         }
         typing = typings[len(arguments)]
         typing.__name__ = typing.__qualname__ = body.__name__

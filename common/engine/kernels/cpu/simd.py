@@ -19,6 +19,10 @@ INT64 = ir.IntType(64)
 NAN_BITS = 0x7FC00000
 # exp is 0 below, where float32 would be subnormal, and stays finite up to the other end.
 EXP_LOW, EXP_HIGH = -87.0, 88.0
+EXP2_LOW = -125.0
+# Of the polynomial for 2**r, |r| <= 1/2, whose largest relative error is least (Remez): 1e-7.
+EXP2_FACTORS = (1.326472614891827e-3, 9.671512991189957e-3, 5.550733581185341e-2)
+EXP2_FACTORS += (2.4022242426872253e-1, 6.931470036506653e-1, 1.0)
 
 # Memory ------------------------------------------------------------------------------------
 
@@ -292,14 +296,10 @@ def load_first(builder, address, count):
     )
 
 
-@emit.function(vector, vector, types.int64, types.int64)
-def hide_outside(builder, value, low, high):
-    """-inf in place of the lanes that are not in [low, high)."""
-    lanes = emit.places_of(range(LANES))
-    bounds = [emit.splat(builder, builder.trunc(bound, emit.I32)) for bound in (low, high)]
-    inside = builder.icmp_signed(">=", lanes, bounds[0])
-    inside = builder.and_(inside, builder.icmp_signed("<", lanes, bounds[1]))
-    return builder.select(inside, value, emit.lanes(emit.F32, float("-inf")))
+@emit.function(vector, vector, vector, vector, vector)
+def where_less(builder, a, b, value, other):
+    """`value` in the lanes where a < b, `other` in the rest."""
+    return builder.select(builder.fcmp_ordered("<", a, b), value, other)
 
 
 @emit.function(vector, vector, vector)
@@ -327,6 +327,25 @@ def exp(builder, x):
     r = emit.fma(builder, n, emit.lanes(emit.F32, -1.428606765330187e-06), r)
     p = emit.lanes(emit.F32, 1 / 720)
     for factor in (1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
+        p = emit.fma(builder, p, r, emit.lanes(emit.F32, factor))
+    exponent = builder.shl(builder.bitcast(shifted, emit.I32V), emit.lanes(emit.I32, 23))
+    power = builder.add(exponent, emit.lanes(emit.I32, 127 << 23))
+    out = builder.fmul(p, builder.bitcast(power, emit.F32V))
+    return builder.select(low, emit.lanes(emit.F32, 0.0), out)
+
+
+@emit.function(vector, vector)
+def exp2(builder, x):
+    """2**x of numbers <= 0 to 2 units in the last place, 1 for 0, 0 below EXP2_LOW; NaN stays NaN.
+
+    x = n + r with |r| <= 1/2, a polynomial for 2**r, and n as an exponent.
+    """
+    low = builder.fcmp_ordered("<", x, emit.lanes(emit.F32, EXP2_LOW))
+    magic = emit.lanes(emit.F32, 1.5 * 2.0**23)  # as in exp
+    shifted = builder.fadd(x, magic)
+    r = builder.fsub(x, builder.fsub(shifted, magic))
+    p = emit.lanes(emit.F32, EXP2_FACTORS[0])
+    for factor in EXP2_FACTORS[1:]:
         p = emit.fma(builder, p, r, emit.lanes(emit.F32, factor))
     exponent = builder.shl(builder.bitcast(shifted, emit.I32V), emit.lanes(emit.I32, 23))
     power = builder.add(exponent, emit.lanes(emit.I32, 127 << 23))

@@ -15,6 +15,8 @@ from common.engine.kernels.cpu.emit import LANES, vector
 _FOR_THIS_CPU = config.CPU_NAME is None and config.CPU_FEATURES is None
 HAS_BFLOAT16 = _FOR_THIS_CPU and bool(binding.get_host_cpu_features().get("avx512bf16"))
 
+_I16X32, _I32X32 = (ir.VectorType(element, 2 * LANES) for element in (emit.I16, emit.I32))
+
 
 @intrinsic(prefer_literal=True)
 def load_rows(typing, count, address, stride):
@@ -98,26 +100,6 @@ def mix_rows(typing, rows, v, address, stride):
 
 
 @intrinsic
-def add_products(typing, rows, a, stride, b):
-    """Of 8 rows of 32 columns, two vectors each: row r gets the float32 at a + r * stride times
-    the 32 float32 at b. One step of a matrix product that stays in registers."""
-
-    def generate(context, builder, signature, values):
-        rows, a, stride, b = values
-        columns = [emit.read(builder, builder.add(b, b.type(64 * i)), emit.F32V) for i in range(2)]
-        out = []
-        for r, place in enumerate(emit.places(builder, a, stride, 8)):
-            factor = emit.splat(builder, emit.read(builder, place, emit.F32))
-            for i, column in enumerate(columns):
-                out.append(
-                    emit.fma(builder, factor, column, builder.extract_value(rows, 2 * r + i))
-                )
-        return emit.pack(builder, out)
-
-    return rows(rows, types.int64, types.int64, types.int64), generate
-
-
-@intrinsic
 def load_block(typing, address, stride):
     """8 rows of 32 columns of float32, `stride` bytes apart, as 16 vectors."""
     rows = types.UniTuple(vector, 16)
@@ -130,26 +112,27 @@ def load_block(typing, address, stride):
     return rows(types.int64, types.int64), generate
 
 
-@intrinsic
-def store_block(typing, rows, address, stride):
-    """The other way round."""
+@intrinsic(prefer_literal=True)
+def store_columns(typing, rows, vectors, address, stride):
+    """Rows of so many vectors each, `stride` bytes apart."""
+    count = vectors.literal_value
 
     def generate(context, builder, signature, values):
-        places = emit.places(builder, *values[1:], 8)
-        halves = [builder.add(p, p.type(64 * i)) for p in places for i in range(2)]
-        for half, row in zip(halves, emit.unpack(builder, values[0]), strict=True):
-            emit.write(builder, half, row)
+        sums = emit.unpack(builder, values[0])
+        places = emit.places(builder, *values[2:], len(sums) // count)
+        columns = [builder.add(p, p.type(64 * i)) for p in places for i in range(count)]
+        for place, row in zip(columns, sums, strict=True):
+            emit.write(builder, place, row)
         return context.get_dummy_value()
 
-    return types.void(rows, types.int64, types.int64), generate
+    return types.void(rows, vectors, types.int64, types.int64), generate
 
 
-@emit.function(types.void, types.int64, types.int64, types.int64)
-def transpose(builder, source, target, stride):
-    """16 x 16 float32, contiguous at `source`, to rows `stride` bytes apart."""
-    rows = [
-        emit.read(builder, builder.add(source, source.type(64 * t)), emit.F32V) for t in range(16)
-    ]
+@emit.function(types.void, types.int64, types.int64, types.int64, types.int64)
+def transpose(builder, source, source_stride, target, target_stride):
+    """16 x 16 float32, in rows so many bytes apart."""
+    places = emit.places(builder, source, source_stride, 16)
+    rows = [emit.read(builder, place, emit.F32V) for place in places]
     # Blocks off the diagonal change places: of 8 x 8, then of 4 x 4 within each, and so on.
     for size in (8, 4, 2, 1):
         upper = emit.places_of(i + LANES - size if i & size else i for i in range(LANES))
@@ -158,7 +141,7 @@ def transpose(builder, source, target, stride):
             a, b = rows[t], rows[t + size]
             rows[t] = builder.shuffle_vector(a, b, upper)
             rows[t + size] = builder.shuffle_vector(a, b, lower)
-    for place, row in zip(emit.places(builder, target, stride, 16), rows, strict=True):
+    for place, row in zip(emit.places(builder, target, target_stride, 16), rows, strict=True):
         emit.write(builder, place, row)
 
 
@@ -209,6 +192,19 @@ def interleave(builder, low, high):
     low, high = (builder.zext(half, emit.I32V) for half in halves)
     pairs = builder.or_(low, builder.shl(high, emit.lanes(emit.I32, 16)))
     return builder.bitcast(pairs, emit.F32V)
+
+
+@intrinsic
+def scale_columns(typing, rows, low, high):
+    """Rows of 32 columns, two vectors each, the columns times those of two vectors."""
+
+    def generate(context, builder, signature, values):
+        columns = emit.unpack(builder, values[0])
+        return emit.pack(
+            builder, [builder.fmul(row, values[1 + i % 2]) for i, row in enumerate(columns)]
+        )
+
+    return rows(rows, vector, vector), generate
 
 
 # The tile of a matrix product: some rows of 32 columns, two vectors each ------------------------
@@ -299,6 +295,23 @@ def _dot_as_float32(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
         x, y = (builder.bitcast(half(value), emit.F32V) for value in (a, b))
         total = emit.fma(builder, x, y, total)
     return total
+
+
+@emit.function(vector, vector, vector)
+def round_pairs(builder, low, high):
+    """16 pairs of bfloat16, rounded by AVX-512's own conversion."""
+    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+    both = emit.call(builder, name, _PAIRS, high, low)
+    both = builder.bitcast(both, _I16X32)
+    order = ir.Constant(_I32X32, [i // 2 + i % 2 * LANES for i in range(2 * LANES)])
+    return builder.bitcast(builder.shuffle_vector(both, both, order), emit.F32V)
+
+
+@emit.function(vector, vector, vector)
+def add_pair_sums(builder, total, pairs):
+    """total + both bfloat16 of each pair."""
+    one = emit.lanes(emit.I32, 0x3F803F80)
+    return _dot_native(builder, total, pairs, one)
 
 
 def add_step(kind: int, native: bool, tile: Any, x: int, stride: int, weights: int) -> Any:

@@ -1,12 +1,14 @@
 """Attention of single query tokens over the paged KV cache.
 
-Online softmax (Milakov & Gimelshein 2018) over tiles of 16 tokens, read straight from the block
-format and turned into float32 in registers; the query heads of a KV head share each read. A long
-context is split (Flash-Decoding, Dao et al. 2023) at fixed positions, and the parts are merged in
-order, so that a result depends neither on the other sequences nor on the number of threads.
+A context is cut into splits at fixed positions (Flash-Decoding, Dao et al. 2023), whose parts are
+merged in order, so that a result depends neither on the other sequences nor on the number of
+threads. Of a split come the scores of all its tokens, then their softmax, then the sum of their V,
+which the caches fetch during the scores. Pages are read as they are; numbers become float32, or
+stay bfloat16 in pairs, in registers, and the query heads of a KV head share each read.
 """
 
 import ctypes
+import math
 from functools import cache
 
 import numpy as np
@@ -18,6 +20,11 @@ from common.engine.kernels.cpu.launch import Kernel, compile_kernel, fields
 TILE_TOKENS = 16  # the lanes of a vector
 SPLIT_TOKENS = 256
 MAX_GROUP = 8  # query heads at once: their sums stay in registers
+# How far ahead of the products K is fetched.
+AHEAD_TOKENS = 64
+LOG2_E = math.log2(math.e)
+# Of a head's scores, with room for a vector that begins at the last, and one past that.
+SCORES_BYTES = 4 * (SPLIT_TOKENS + 2 * TILE_TOKENS)
 
 
 class DecodeArguments(ctypes.Structure):
@@ -49,38 +56,53 @@ class DecodeArguments(ctypes.Structure):
 
 
 def scratch_bytes(group: int, head_dim: int) -> int:
-    """Of a thread: queries and sums [group, head_dim], products [group, 16, 16], weights
-    [group, 16], maxima and totals [16]."""
-    return 4 * (2 * group * head_dim + group * 17 * TILE_TOKENS + 2 * simd.LANES)
+    """Of a thread, 4 bytes each: queries and sums [group, head_dim], products [group, 16, 16],
+    scores [group, 288], V's scales [288], zeros [head_dim], maxima and totals [16]."""
+    numbers = (2 * group + 1) * head_dim + group * 256 + 2 * simd.LANES
+    return 4 * numbers + (group + 1) * SCORES_BYTES
 
 
 @simd.part
-def load_queries(io, a, source, count, q, sums):
-    """`count` scaled queries, next to each other at `source`, as float32; their sums are zero."""
-    factor, zero = simd.splat(np.float32(a.scale)), simd.splat(np.float32(0.0))
+def load_queries(io, a, source, count, q):
+    """`count` scaled queries, next to each other at `source`, as float32."""
+    factor = simd.splat(np.float32(a.scale))
     for i in range(0, count * a.head_dim, 16):
         x = simd.load(io, source + i * simd.size(io))
         simd.store_float32(q + 4 * i, simd.mul(x, factor))
-        simd.store_float32(sums + 4 * i, zero)
 
 
 @simd.part
-def copy_queries(a, source, count, q, sums):
-    """The same in pairs of bfloat16: as they are, not scaled."""
-    for i in range(0, 2 * count * a.head_dim, 64):
-        simd.store_float32(q + i, simd.load_float32(source + i))
-    for i in range(0, 4 * count * a.head_dim, 64):
-        simd.store_float32(sums + i, simd.splat(np.float32(0.0)))
+def run_end(a, token, end):
+    """Where the tokens end that lie with this one in a page and in a tile, at `end` at most."""
+    inside = token % a.block_size
+    return min(token - token % TILE_TOKENS + TILE_TOKENS, end, token + a.block_size - inside)
+
+
+@simd.part
+def key_address(kv, a, table, kv_head, token):
+    """Where a token's K lies; its V lies block_heads * block_size vectors further."""
+    block = simd.scalar_int32(table + 4 * (token // a.block_size)) * a.block_bytes
+    vectors = kv_head * a.block_size + token % a.block_size
+    return a.cache + block + vectors * a.head_dim * simd.size(kv)
+
+
+@simd.part
+def scale_address(a, table, kv_head, token):
+    """Where the scale of a token's K lies; its V's lies block_heads * block_size further."""
+    block = simd.scalar_int32(table + 4 * (token // a.block_size)) * a.block_bytes
+    return a.scales + block + 4 * (kv_head * a.block_size + token % a.block_size)
 
 
 @simd.part
 def multiply_keys(kv, pairs, group, a, k, count, q, products, ahead):
     """Of `count` tokens and each head 16 numbers whose sum is the score. Meanwhile the caches fetch
-    the tile of K at `ahead`, a little at a time, so that no load waits behind it."""
+    K at `ahead` and these tokens' V, a little at a time, so that no load waits behind it."""
     row_bytes, token_bytes = 4 * a.head_dim, a.head_dim * simd.size(kv)
+    to_v = a.block_heads * a.block_size * token_bytes
     for t in range(count):
         for i in range(t * token_bytes, (t + 1) * token_bytes, 64):
             simd.prefetch(ahead + i)
+            simd.prefetch(k + to_v + i)
         rows = tiles.zero_rows(group)
         if pairs:
             for c in range(0, 2 * a.head_dim, 64):
@@ -94,82 +116,113 @@ def multiply_keys(kv, pairs, group, a, k, count, q, products, ahead):
 
 
 @simd.part
-def fade_row(row, row_bytes, maximum, total, new):
-    """Sums and their total for a larger maximum than before."""
-    fade = simd.exp(simd.splat(simd.scalar_float32(maximum) - new))
-    simd.put_float32(maximum, new)
-    simd.put_float32(total, simd.scalar_float32(total) * simd.first(fade))
-    for i in range(0, row_bytes, 64):
-        simd.store_float32(row + i, simd.mul(simd.load_float32(row + i), fade))
-
-
-@simd.part
-def soften(kv, pairs, group, a, scale, count, products, weights, sums, maxima, totals):
-    """From products to the weights of V; `scale` is where K's scales are."""
-    row_bytes = 4 * a.head_dim
-    for g in range(group):
-        x = tiles.totals(products + 1024 * g)
-        if pairs:
-            x = simd.mul(x, simd.splat(np.float32(a.scale)))
-        if kv == simd.E4M3:
-            x = simd.mul(x, simd.load_first(scale, count))
-        x = simd.keep_first(x, count, np.float32(-np.inf))
-        new, old = simd.largest(x), simd.scalar_float32(maxima + 4 * g)
-        if new > old:
-            fade_row(sums + g * row_bytes, row_bytes, maxima + 4 * g, totals + 4 * g, new)
-        else:
-            new = old
-        p = simd.exp(simd.add(x, simd.splat(-new)))
-        total = simd.scalar_float32(totals + 4 * g) + simd.total(p)
-        simd.put_float32(totals + 4 * g, total)
-        if kv == simd.E4M3:
-            p = simd.mul(p, simd.load_first(scale + 4 * a.block_heads * a.block_size, count))
-        simd.store_float32(weights + 64 * g, p)
-
-
-@simd.part
-def add_values(kv, group, a, v, count, weights, sums, ahead):
-    """Adds `count` tokens of V, weighted, and has the tile at `ahead` fetched."""
-    row_bytes, token_bytes = 4 * a.head_dim, a.head_dim * simd.size(kv)
-    for c in range(0, a.head_dim, 16):
-        rows = tiles.load_rows(group, sums + 4 * c, row_bytes)
-        for t in range(count):
-            simd.prefetch(ahead + t * token_bytes + c * simd.size(kv))
-            x = simd.load(kv, v + (t * a.head_dim + c) * simd.size(kv))
-            rows = tiles.mix_rows(rows, x, weights + 4 * t, 64)
-        tiles.store_rows(rows, sums + 4 * c, row_bytes)
-
-
-@simd.part
-def attend_tokens(kv, pairs, group, a, table, kv_head, start, end, q):
-    """A group's queries at q over the tokens [start, end) of a sequence; see scratch_bytes."""
-    row_bytes = 4 * a.head_dim
-    sums = q + group * row_bytes
-    products = sums + group * row_bytes
-    weights = products + group * 1024
-    maxima = weights + group * 64
-    simd.store_float32(maxima, simd.splat(np.float32(-np.inf)))
-    simd.store_float32(maxima + 64, simd.splat(np.float32(0.0)))
-    token_bytes = a.head_dim * simd.size(kv)
-    head_bytes = a.block_size * token_bytes
-    keys = a.cache + kv_head * head_bytes
+def score_tokens(kv, pairs, group, a, table, kv_head, start, end, q, products, scores, v_scales):
+    """The scores of the tokens [start, end), -inf after them; of e4m3 the scales of V too."""
+    for token in range(start, min(start + AHEAD_TOKENS, end)):
+        k = key_address(kv, a, table, kv_head, token)
+        for i in range(0, a.head_dim * simd.size(kv), 64):
+            simd.prefetch(k + i)
     token = start
     while token < end:
-        inside = token % a.block_size
-        stop = min(token - token % TILE_TOKENS + TILE_TOKENS, end, token + a.block_size - inside)
-        block = simd.scalar_int32(table + 4 * (token // a.block_size)) * a.block_bytes
-        k = keys + block + inside * token_bytes
+        stop = run_end(a, token, end)
+        count, at = stop - token, scores + 4 * (token - start)
+        k = key_address(kv, a, table, kv_head, token)
         ahead = k
-        if stop < end:
-            ahead = simd.scalar_int32(table + 4 * (stop // a.block_size)) * a.block_bytes
-            ahead += keys + stop % a.block_size * token_bytes
-        scale = a.scales + block + 4 * (kv_head * a.block_size + inside)
-        count = stop - token
+        if token + AHEAD_TOKENS < end:
+            ahead = key_address(kv, a, table, kv_head, token + AHEAD_TOKENS)
         multiply_keys(kv, pairs, group, a, k, count, q, products, ahead)
-        soften(kv, pairs, group, a, scale, count, products, weights, sums, maxima, maxima + 64)
-        to_v = a.block_heads * head_bytes
-        add_values(kv, group, a, k + to_v, count, weights, sums, ahead + to_v)
+        for g in range(group):
+            x = tiles.totals(products + 1024 * g)
+            if kv == simd.E4M3:
+                scale = scale_address(a, table, kv_head, token)
+                x = simd.mul(x, simd.load_first(scale, count))
+            simd.store_float32(at + g * SCORES_BYTES, x)
+        if kv == simd.E4M3:
+            scale = scale_address(a, table, kv_head, token) + 4 * a.block_heads * a.block_size
+            simd.store_float32(v_scales + 4 * (token - start), simd.load_first(scale, count))
         token = stop
+    for g in range(group):
+        at = scores + 4 * (end - start) + g * SCORES_BYTES
+        simd.store_float32(at, simd.splat(np.float32(-np.inf)))
+
+
+@simd.part
+def soften(kv, pairs, group, scale, count, scores, v_scales, maxima, totals):
+    """From scores to the weights of V in their place, as bfloat16 where it goes by pairs; one past
+    the last is 0. Maxima are of the scores times `scale`, which has them powers of 2."""
+    for g in range(group):
+        at, bytes_ = scores + g * SCORES_BYTES, 4 * count + 4
+        x = simd.splat(np.float32(-np.inf))
+        for t in range(0, bytes_, 64):
+            x = simd.larger(x, simd.load_float32(at + t))
+        largest = simd.largest(x) * scale
+        by, shift, total = simd.splat(scale), simd.splat(-largest), simd.splat(np.float32(0.0))
+        for t in range(0, bytes_, 64):
+            p = simd.exp2(simd.fma(simd.load_float32(at + t), by, shift))
+            if pairs:
+                # What is summed is what V is multiplied by.
+                simd.store_bfloat16(at + t // 2, p)
+                p = simd.load_bfloat16(at + t // 2)
+            total = simd.add(total, p)
+            if kv == simd.E4M3:
+                p = simd.mul(p, simd.load_float32(v_scales + t))
+            if not pairs:
+                simd.store_float32(at + t, p)
+        simd.put_float32(maxima + 4 * g, largest)
+        simd.put_float32(totals + 4 * g, simd.total(total))
+
+
+@simd.part
+def add_columns(kv, pairs, group, vectors, a, table, kv_head, start, end, c, weights, sums, zeros):
+    """The weighted sums of V in the columns from c on, so many vectors of them."""
+    token_bytes = a.head_dim * simd.size(kv)
+    to_columns = a.block_heads * a.block_size * token_bytes + c * simd.size(kv)
+    rows = tiles.zero_columns(group, vectors)
+    token, at = start, weights
+    while token < end:
+        stop = run_end(a, token, end)
+        v = key_address(kv, a, table, kv_head, token) + to_columns
+        if pairs:
+            for _ in range(token, stop - 1, 2):
+                rows = tiles.mix_pairs(rows, vectors, at, SCORES_BYTES, v, v + token_bytes)
+                v, at = v + 2 * token_bytes, at + 4
+            if (stop - token) % 2 == 1:
+                rows = tiles.mix_pairs(rows, vectors, at, SCORES_BYTES, v, zeros)
+                at += 2
+        else:
+            for _ in range(token, stop):
+                x, y = simd.load(kv, v), simd.load(kv, v + 16 * simd.size(kv))
+                rows = tiles.mix_columns(rows, at, SCORES_BYTES, x, y)
+                v, at = v + token_bytes, at + 4
+        token = stop
+    tiles.store_columns(rows, vectors, sums + 4 * c, 4 * a.head_dim)
+
+
+@simd.part
+def attend_tokens(kv, pairs, group, a, table, kv_head, start, end, source, q):
+    """A group's queries, in pairs at `source` or float32 at q, over the tokens [start, end) of a
+    split; see scratch_bytes."""
+    sums = q + group * 4 * a.head_dim
+    products = sums + group * 4 * a.head_dim
+    scores = products + group * 1024
+    v_scales = scores + group * SCORES_BYTES
+    zeros = v_scales + SCORES_BYTES
+    maxima = zeros + 4 * a.head_dim
+    scale = np.float32(LOG2_E)
+    x = q
+    if pairs:
+        scale, x = np.float32(a.scale * LOG2_E), source
+    score_tokens(kv, pairs, group, a, table, kv_head, start, end, x, products, scores, v_scales)
+    soften(kv, pairs, group, scale, end - start, scores, v_scales, maxima, maxima + 64)
+    c = 0
+    if pairs and group <= 4:
+        # Enough sums at once that none waits for the one before.
+        while c < a.head_dim - 32:
+            add_columns(kv, pairs, group, 4, a, table, kv_head, start, end, c, scores, sums, zeros)
+            c += 64
+    while c < a.head_dim:
+        add_columns(kv, pairs, group, 2, a, table, kv_head, start, end, c, scores, sums, zeros)
+        c += 32
 
 
 @simd.part
@@ -199,7 +252,7 @@ def merge_parts(group, row_bytes, parts, stride, count, sums, totals):
         for i in range(0, row_bytes, 64):
             simd.store_float32(row + i, zero)
         for s in range(count):
-            fade = simd.exp(simd.splat(simd.scalar_float32(at + s * stride) - new))
+            fade = simd.exp2(simd.splat(simd.scalar_float32(at + s * stride) - new))
             total += simd.first(fade) * simd.scalar_float32(at + s * stride + 4)
             for i in range(0, row_bytes, 64):
                 x = simd.load_float32(parts + s * stride + g * row_bytes + i)
@@ -219,7 +272,7 @@ def write_row(io, dim, row, total, target):
 @cache
 def decode_kernel(kv: int, io: int, group: int, native: bool = tiles.HAS_BFLOAT16) -> Kernel:
     """kv and io: simd's kind of the cache's and of the queries' numbers; group: heads at once;
-    native: the CPU has products of bfloat16, which scores are made of where all are bfloat16."""
+    native: the CPU has products of bfloat16, which it takes where all are bfloat16."""
     pairs = native and kv == io == simd.BFLOAT16
 
     def paged_decode(address):
@@ -228,7 +281,10 @@ def decode_kernel(kv: int, io: int, group: int, native: bool = tiles.HAS_BFLOAT1
         dim, row_bytes, lanes = a.head_dim, 4 * a.head_dim, a.kv_heads * a.passes
         q = a.scratch + simd.fetch_add(counters + 8, 1) * a.scratch_bytes
         sums = q + group * row_bytes
-        maxima = sums + group * (row_bytes + 1024 + 64)
+        zeros = sums + group * (row_bytes + 1024 + SCORES_BYTES) + SCORES_BYTES
+        maxima = zeros + row_bytes
+        for i in range(0, row_bytes, 64):
+            simd.store_float32(zeros + i, simd.splat(np.float32(0.0)))
         part_bytes = group * (row_bytes + 64)
         while True:
             item = simd.fetch_add(counters, 1)
@@ -244,11 +300,11 @@ def decode_kernel(kv: int, io: int, group: int, native: bool = tiles.HAS_BFLOAT1
                 first = max(0, context - a.window)
             start, end = split * SPLIT_TOKENS, min(split * SPLIT_TOKENS + SPLIT_TOKENS, context)
             head = lane * group * dim * simd.size(io)
-            if pairs:
-                copy_queries(a, a.q + row * a.q_stride + head, group, q, sums)
-            else:
-                load_queries(io, a, a.q + row * a.q_stride + head, group, q, sums)
-            attend_tokens(kv, pairs, group, a, table, lane // a.passes, max(start, first), end, q)
+            source = a.q + row * a.q_stride + head
+            if not pairs:
+                load_queries(io, a, source, group, q)
+            kv_head = lane // a.passes
+            attend_tokens(kv, pairs, group, a, table, kv_head, max(start, first), end, source, q)
             first_part = simd.scalar_int32(a.row_parts + 4 * row)
             if first_part >= 0:
                 skipped = first // SPLIT_TOKENS

@@ -18,18 +18,6 @@ HAS_BFLOAT16 = _FOR_THIS_CPU and bool(binding.get_host_cpu_features().get("avx51
 _I16X32, _I32X32 = (ir.VectorType(element, 2 * LANES) for element in (emit.I16, emit.I32))
 
 
-@intrinsic(prefer_literal=True)
-def load_rows(typing, count, address, stride):
-    """A tuple of `count` vectors of float32, `stride` bytes apart."""
-    rows = types.UniTuple(vector, count.literal_value)
-
-    def generate(context, builder, signature, values):
-        places = emit.places(builder, values[1], values[2], rows.count)
-        return emit.pack(builder, [emit.read(builder, place, emit.F32V) for place in places])
-
-    return rows(count, types.int64, types.int64), generate
-
-
 @intrinsic
 def store_rows(typing, rows, address, stride):
     """The other way round."""
@@ -52,6 +40,17 @@ def zero_rows(typing, count):
         return emit.pack(builder, [emit.lanes(emit.F32, 0.0)] * rows.count)
 
     return rows(count), generate
+
+
+@intrinsic(prefer_literal=True)
+def zero_columns(typing, count, vectors):
+    """`count` rows of so many zero vectors each."""
+    rows = types.UniTuple(vector, count.literal_value * vectors.literal_value)
+
+    def generate(context, builder, signature, values):
+        return emit.pack(builder, [emit.lanes(emit.F32, 0.0)] * rows.count)
+
+    return rows(count, vectors), generate
 
 
 @intrinsic
@@ -86,17 +85,48 @@ def dot_pairs(typing, rows, k, address, stride):
 
 
 @intrinsic
-def mix_rows(typing, rows, v, address, stride):
-    """rows[g] + v * the one float32 at address + g * stride."""
+def mix_columns(typing, rows, address, stride, first, second):
+    """rows[2 * g] and rows[2 * g + 1] + the one float32 at address + g * stride, times these two
+    vectors."""
 
     def generate(context, builder, signature, values):
-        rows, v, address, stride = values
-        places = emit.places(builder, address, stride, signature.args[0].count)
-        weights = [emit.splat(builder, emit.read(builder, place, emit.F32)) for place in places]
-        pairs = zip(weights, emit.unpack(builder, rows), strict=True)
-        return emit.pack(builder, [emit.fma(builder, v, weight, row) for weight, row in pairs])
+        rows, address, stride, *columns = values
+        sums = emit.unpack(builder, rows)
+        for g, place in enumerate(emit.places(builder, address, stride, len(sums) // 2)):
+            weight = emit.splat(builder, emit.read(builder, place, emit.F32))
+            for i, column in enumerate(columns, 2 * g):
+                sums[i] = emit.fma(builder, weight, column, sums[i])
+        return emit.pack(builder, sums)
 
-    return rows(rows, vector, types.int64, types.int64), generate
+    return rows(rows, types.int64, types.int64, vector, vector), generate
+
+
+@intrinsic(prefer_literal=True)
+def mix_pairs(typing, rows, vectors, address, stride, low, high):
+    """rows[vectors * g + i] + the two bfloat16 at address + g * stride, the first times the i-th
+    16 bfloat16 at `low`, the second times those at `high`. `vectors` is even."""
+    count = vectors.literal_value
+
+    def generate(context, builder, signature, values):
+        rows, _, address, stride, low, high = values
+        columns = []
+        for i in range(0, count, 2):
+            halves = [
+                emit.read(builder, builder.add(place, place.type(32 * i)), _I16X32)
+                for place in (low, high)
+            ]
+            for first in (0, LANES):
+                order = [first + k // 2 + k % 2 * 2 * LANES for k in range(2 * LANES)]
+                pairs = builder.shuffle_vector(*halves, ir.Constant(_I32X32, order))
+                columns.append(builder.bitcast(pairs, emit.I32V))
+        sums = emit.unpack(builder, rows)
+        for g, place in enumerate(emit.places(builder, address, stride, len(sums) // count)):
+            weights = emit.splat(builder, emit.read(builder, place, emit.I32))
+            for i, column in enumerate(columns, count * g):
+                sums[i] = _dot_native(builder, sums[i], weights, column)
+        return emit.pack(builder, sums)
+
+    return rows(rows, vectors, *[types.int64] * 4), generate
 
 
 @intrinsic

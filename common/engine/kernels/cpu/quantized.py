@@ -44,9 +44,9 @@ PRODUCTS_PER_THREAD = 2**17
 
 STEPS = BLOCK // 2  # of a block's columns
 STEP = e4m3.STEP_BYTES
-# Columns that are decoded together: few enough for a core's second cache, enough for rows of x to
+# Columns that are decoded together: few enough for a core's first cache, enough for rows of x to
 # be read in long runs.
-CHUNK_STEPS = 4 * STEPS
+CHUNK_STEPS = 2 * STEPS
 DECODED_BYTES = 2 * STEP * CHUNK_STEPS
 SUMS_BYTES = 4 * PANEL * ITEM_ROWS
 

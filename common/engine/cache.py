@@ -54,7 +54,9 @@ class KVCache:
         self.num_kv_heads = len(heads)
         self.static_scales = static_scales
         if static_scales is not None:
-            self.static_scales = static_scales[:, :, heads.start : heads.stop].to(device)
+            # Kernels take the scales of a layer as [2, kv_heads] in one piece.
+            own = static_scales[:, :, heads.start : heads.stop]
+            self.static_scales = own.contiguous().to(device)
         self.data = _zeros(num_blocks * layout.block_bytes, device, fd).view(num_blocks, -1)
         shape = (num_blocks, layout.num_layers, 2, layout.num_kv_heads, layout.block_size)
         payload = self.data[:, : layout.payload_bytes].view(TORCH_DTYPES[layout.kv_dtype])

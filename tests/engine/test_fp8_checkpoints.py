@@ -310,6 +310,28 @@ def test_kv_is_quantized_by_the_checkpoints_own_scales(tmp_path, spelling, dim):
     assert error.max() < np.abs(plain - want).max() / 8
 
 
+def test_ranks_quantize_their_heads_of_kv_by_the_checkpoints_own_scales(tmp_path):
+    path = zoo.make_checkpoint("llama", False, tmp_path / "model", head_dim=32)
+    only_kv = compressed(CHANNEL, TOKEN, config_groups={}, kv_cache_scheme=STATIC)
+    edit_config(path, lambda raw: raw.update(quantization_config=only_kv))
+    add_kv_scales(path)
+    alone = make_runner(path, num_blocks=20)
+    table, pages = [7, 2, 9, 4], []
+    for private in (False, True):
+        ranks = make_runner(path, num_blocks=20, tensor_parallel=2, private_kv=private)
+        try:
+            prompt_logits(ranks, PROMPT, table, [17, 43])
+            pages.append(ranks.cache.read(table[:3]) if private else ranks.cache[table[:3]].numpy())
+        finally:
+            ranks.close()
+    prompt_logits(alone, PROMPT, table, [17, 43])
+    want = alone.cache[table[:3]].numpy()
+    for got in pages:
+        # Values on the edge between two may fall either way.
+        assert (got != want).mean() < 0.01
+        assert np.array_equal(*(rows[:, alone.layout.payload_bytes :] for rows in (got, want)))
+
+
 def test_a_checkpoint_that_asks_for_fp8_kv_gets_it_unless_told_otherwise(made, tmp_path):
     path = copied(made, "compressed-channel", tmp_path)
     edit_config(path, lambda raw: raw["quantization_config"].update(kv_cache_scheme=STATIC))

@@ -32,6 +32,8 @@ Prompt = str | Mapping[str, Any]
 
 # Requests in the engine beyond those that run: the next ones are at hand when one ends.
 QUEUED = 16
+# Tokens that the caller's thread is woken for at a time: it takes a core from the step under way.
+GATHERED = 64
 
 
 @dataclass(slots=True)
@@ -55,6 +57,31 @@ class _Running:
     pieces: list[str] = field(default_factory=list)
     closed: bool = False
     others: list[CompletionOutput] = field(default_factory=list)
+
+
+class _Steps:
+    """What the engine's steps gave, on its way to the thread that called `generate`.
+
+    at_once  set by that thread where it has something to do for single tokens
+    """
+
+    def __init__(self) -> None:
+        self.at_once = False
+        self._gathered: list[engine_sequence.RequestOutput] = []
+        self._queue: queue.SimpleQueue[list[engine_sequence.RequestOutput]] = queue.SimpleQueue()
+
+    def put(self, outputs: list[engine_sequence.RequestOutput]) -> None:
+        """From the engine's thread. Every end is handed on at once, with all that came before."""
+        gathered = self._gathered
+        gathered += outputs
+        ended = any(output.finish_reason is not None for output in outputs)
+        if ended or self.at_once or len(gathered) >= GATHERED:
+            self._gathered = []
+            self._queue.put(gathered)
+
+    def get(self) -> list[engine_sequence.RequestOutput]:
+        """Waits until there is something."""
+        return self._queue.get()
 
 
 class LLM:
@@ -132,7 +159,7 @@ class LLM:
         self.tokenizer = load_tokenizer(self.config.model)
         self.chat_template = ChatTemplate.from_folder(self.config.model)
         self._ids = itertools.count()
-        self._steps: queue.SimpleQueue[list[engine_sequence.RequestOutput]] = queue.SimpleQueue()
+        self._steps = _Steps()
         # The engine knows the queue only, not this object: an LLM can be garbage collected.
         self.engine = Engine(self.config, None, self._steps.put)
         self.engine.start()
@@ -287,6 +314,8 @@ class LLM:
         waiting = deque((one, one.output.outputs[0]) for one in asked)
         running: dict[str, _Running] = {}
         speed = _Speed(bar)
+        # To stop at a text, or to begin with the prompt's other answers.
+        self._steps.at_once = any(one.params.stop or one.params.n > 1 for one in asked)
         try:
             while waiting or running:
                 while waiting and len(running) < self.config.max_num_seqs + QUEUED:

@@ -11,6 +11,7 @@ import torch
 from torch.distributed import is_nccl_available
 
 from common.engine.batch import Batch
+from common.engine.batch_builder import BatchBuilder, move, on_device
 from common.engine.cache import KVCache, shared_memory
 from common.engine.checkpoint import Checkpoint
 from common.engine.config import EngineConfig, ModelConfig
@@ -95,6 +96,9 @@ class ModelRunner:
         )
         self.num_blocks, self.max_model_len = plan_cache(config, model, self.layout)
         self.shard = Shard.of(model, place.rank if place else 0, config.tensor_parallel)
+        # What is sent to other ranks is not on a device yet.
+        built_on = self.device if self.shard.size == 1 else torch.device("cpu")
+        self._batches = BatchBuilder(config.block_size, built_on)
         self.failure: Future[BatonError] = Future()
         self._ranks: Ranks | None = None
         self._place = place
@@ -272,7 +276,7 @@ class ModelRunner:
         if self._graphs is not None and self._graphs.room_for(batch):
             return self._replay(batch, connector)
         if self._ranks is None:
-            batch = _batch_on(batch, self.device)
+            batch = on_device(batch, self.device)
             return self._model.forward(batch, self._cache, connector).float()
         layers = range(self.layout.num_layers) if connector is not None else ()
         for layer in layers:
@@ -282,7 +286,7 @@ class ModelRunner:
         # No rank could move blocks within a step: each waits there for all others.
         within = None if self._private else connector
         with self._ranks.explained("rank 0 broke off a step"):
-            batch = _batch_on(batch, self.device)
+            batch = on_device(batch, self.device)
             logits = self._model.forward(batch, self._cache, within).float()
             self._group.finish(self.failure)
         for layer in layers if within is None else ():
@@ -303,51 +307,12 @@ class ModelRunner:
         return logits
 
     def build_batch(self, plan: StepPlan) -> Batch:
-        """The tensors of a plan; logit rows in the order of its sampled sequences, then those
-        of its `prompt_rows`."""
-        # What is sent to other ranks is not on a device yet.
-        device = self.device if self._ranks is None else torch.device("cpu")
-        return build_batch(plan, self.layout.block_size, device)
-
-
-def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:
-    """The tensors of a plan whose sequences' block tables cover every scheduled token."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    query_start, context_len, logit_rows = [0], [], []
-    tables: list[list[int]] = []
-    for sequence, start, count, sampled in zip(
-        plan.sequences, plan.start, plan.scheduled, plan.sampled, strict=True
-    ):
-        end = start + count
-        table = sequence.block_table
-        token_ids += sequence.token_ids[start:end]
-        positions += range(start, end)
-        slots += [table[p // block_size] * block_size + p % block_size for p in range(start, end)]
-        query_start.append(len(token_ids))
-        context_len.append(end)
-        tables.append(table[: -(-end // block_size)])
-        if sampled:
-            logit_rows.append(len(token_ids) - 1)
-    for first, start, rows in zip(query_start, plan.start, plan.prompt_rows, strict=False):
-        logit_rows += [first + position - start for position in rows]
-    width = max(map(len, tables), default=0)
-    padded = [table + [-1] * (width - len(table)) for table in tables]
-    whole = _move(torch.tensor([token_ids, positions, slots], dtype=torch.int64), device)
-    return Batch(
-        token_ids=whole[0],
-        positions=whole[1],
-        slot_mapping=whole[2],
-        query_start=tuple(query_start),
-        context_len=tuple(context_len),
-        block_table=_move(torch.tensor(padded, dtype=torch.int32), device),
-        logit_rows=_move(torch.tensor(logit_rows, dtype=torch.int64), device),
-    )
+        """See BatchBuilder."""
+        return self._batches.build(plan)
 
 
 def take_tokens(
-    batch: Batch, plan: StepPlan, sampled: list[Sequence], tokens: torch.Tensor
+    batch: Batch, plan: StepPlan, sampled: list[Sequence], tokens: torch.Tensor | list[int]
 ) -> None:
     """Put tokens of the step before, which only the device knows, into a batch built without them.
 
@@ -360,24 +325,9 @@ def take_tokens(
         if sequence.token_ids[-1] == UNKNOWN_TOKEN
     ]
     if pairs:
-        rows, sources = _move(torch.tensor(pairs).t().contiguous(), batch.token_ids.device)
+        rows, sources = move(torch.tensor(pairs).t().contiguous(), batch.token_ids.device)
         # A sequence that got no token ends; until that is known its row needs some token.
-        batch.token_ids[rows] = tokens[sources].clamp_(min=0)
-
-
-def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """To the device, without waiting for what it does."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _batch_on(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on the device."""
-    if batch.token_ids.device.type == device.type:
-        return batch
-    names = ("token_ids", "positions", "slot_mapping", "block_table", "logit_rows")
-    return replace(batch, **{name: _move(getattr(batch, name), device) for name in names})
+        batch.token_ids[rows] = torch.as_tensor(tokens, device=rows.device)[sources].clamp_(min=0)
 
 
 def model_config(config: EngineConfig) -> ModelConfig:

@@ -273,16 +273,19 @@ class Scheduler:
     def _plan_running(self, planned: dict[Seq, int], budget: int) -> int:
         """Those who only need their last token go first: they are what users wait for. Returns
         the budget that is left."""
-        decoding = [s for s in self._running if s.target - s.computed == 1]
-        prefilling = [s for s in self._running if s.target - s.computed > 1]
-        for sequence in itertools.chain(decoding, prefilling):
-            count = min(budget, sequence.target - sequence.computed)
-            count = within_rows(sequence, sequence.computed, count, planned)
+        missing = [(s, s.target - s.computed) for s in self._running]
+        decoding = [pair for pair in missing if pair[1] == 1]
+        prefilling = [pair for pair in missing if pair[1] > 1]
+        for sequence, count in itertools.chain(decoding, prefilling):
+            count = within_rows(sequence, sequence.computed, min(budget, count), planned)
             if count <= 0 or sequence.phase is not Phase.RUNNING or _is_full(sequence):
                 continue
+            others = len(planned)
             if self._grow(sequence, sequence.computed + count, planned):
                 planned[sequence] = count
-            budget = self.config.max_num_batched_tokens - sum(planned.values())
+                budget -= count
+            if len(planned) <= others:  # some were preempted
+                budget = self.config.max_num_batched_tokens - sum(planned.values())
         return budget
 
     def _grow(self, sequence: Seq, tokens: int, planned: dict[Seq, int]) -> bool:

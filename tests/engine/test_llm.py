@@ -8,6 +8,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from baton import LLM, SamplingParams
+from baton.llm import GATHERED, _Steps
+from common.engine.sequence import RequestOutput as EngineOutput
 from common.errors import CheckpointError, InvalidRequest, Unavailable
 from tests.engine.zoo import VOCAB, ZOO, checkpoint, expected_greedy, make_checkpoint
 
@@ -314,3 +316,18 @@ def test_an_interrupted_call_leaves_nothing_behind(monkeypatch):
         monkeypatch.undo()
         wait_until_idle(llm)
         assert len(answers(llm, [[5, 6]])[0]) == NEW_TOKENS
+
+
+def test_the_caller_is_woken_for_ends_and_for_many_tokens_not_for_each():
+    steps, token, end = _Steps(), EngineOutput("a", (1,)), EngineOutput("b", (2,), "length")
+    for _ in range(GATHERED - 1):
+        steps.put([token])
+    assert steps._queue.empty()
+    steps.put([token])
+    assert steps.get() == [token] * GATHERED
+    steps.put([token])
+    steps.put([token, end])
+    assert steps.get() == [token, token, end]
+    steps.at_once = True
+    steps.put([token])
+    assert steps.get() == [token]

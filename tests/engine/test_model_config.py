@@ -5,12 +5,9 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from common.engine.config import EngineConfig, ModelConfig, RopeConfig
-from common.engine.runner import ModelRunner, build_batch, compute_dtype
-from common.engine.sampling_params import SamplingParams
-from common.engine.sequence import EngineRequest, Sequence, StepPlan
+from common.engine.runner import ModelRunner, compute_dtype
 from common.errors import CheckpointError, ConfigError
 from tests.engine import zoo
 
@@ -198,25 +195,6 @@ def test_auto_dtype_is_float32_up_to_a_gibibyte_and_the_checkpoints_beyond(tmp_p
     assert [compute_dtype(auto, c) for c in (small, large)] == ["float32", "bfloat16"]
     assert compute_dtype(forced, small) == "bfloat16"
     assert compute_dtype(auto, parse(tmp_path, vocab_size=4_000_000)) == "float32"
-
-
-def test_a_batch_is_built_from_the_plan_and_the_sequences_block_tables():
-    def sequence(tokens, table):
-        request = EngineRequest("r", tokens, SamplingParams())
-        return Sequence(request, tokens, 0, block_table=table)
-
-    a = sequence([10, 11, 12, 13, 14, 15], [5, 2, 9])
-    b = sequence([20, 21, 22], [7, 6])
-    c = sequence([30, 31, 32, 33], [1, 3, 4])
-    plan = StepPlan(0, (a, b, c), start=(3, 2, 0), scheduled=(2, 1, 3), sampled=(False, True, True))
-    batch = build_batch(plan, 2, torch.device("cpu"))
-    assert batch.token_ids.tolist() == [13, 14, 22, 30, 31, 32]
-    assert batch.positions.tolist() == [3, 4, 2, 0, 1, 2]
-    assert batch.slot_mapping.tolist() == [5, 18, 12, 2, 3, 6]
-    assert batch.block_table.tolist() == [[5, 2, 9], [7, 6, -1], [1, 3, -1]]
-    assert batch.query_start == (0, 2, 3, 6)
-    assert batch.context_len == (5, 3, 3)
-    assert batch.logit_rows.tolist() == [2, 5]
 
 
 def test_reading_a_model_config_imports_no_torch():

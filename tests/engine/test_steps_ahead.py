@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from baton import LLM, SamplingParams
+from common.engine.batch_builder import BatchBuilder
 from common.engine.graphs import StaticBatch, bucket_sizes, only_decodes
-from common.engine.runner import build_batch
 from common.engine.sequence import UNKNOWN_TOKEN, Phase, Sampled
 from tests.engine.pretend import PretendEngine, continuation, next_token
 from tests.engine.zoo import VOCAB, checkpoint
@@ -164,10 +164,11 @@ def test_every_batch_has_a_bucket_not_much_larger_than_itself():
 def test_a_filled_batch_is_the_one_built_and_its_other_rows_are_nobodys():
     engine = PretendEngine()
     plan = start(engine, [1, 2, 3], [4, 5, 6, 7, 8, 9], [10], max_tokens=9)
-    built = build_batch(plan, 4, torch.device("cpu"))
+    builder = BatchBuilder(4, torch.device("cpu"))
+    built = builder.build(plan)
     assert not only_decodes(built)
     engine.take(engine.scheduler.update(plan, tokens_for(plan)))
-    built = build_batch(engine.scheduler.schedule(0.0), 4, torch.device("cpu"))
+    built = builder.build(engine.scheduler.schedule(0.0))
     assert only_decodes(built)
     static = StaticBatch(8, 16, 64, torch.device("cpu"))
     for stale in (static._integers, static._context_len):

@@ -5,6 +5,8 @@ import torch
 
 from common.engine.kernels.cpu import linear, tape
 from common.engine.kernels.cpu.ops import CpuOps
+from common.engine.sampling_params import SamplingParams
+from common.engine.sequence import EngineRequest, Sequence, StepPlan
 from tests.engine import zoo
 from tests.engine.driving import make_batch, make_runner, prompt_logits, shuffled_blocks
 
@@ -41,7 +43,22 @@ def case(request, tmp_path_factory):
     return path, {**settings, "max_model_len": 1024, "num_blocks": 600, "threads": 2}
 
 
-def decode(runner, counts, steps):
+def fresh(runner, rows):
+    """A batch whose tensors nothing else has or had."""
+    return make_batch(rows, runner.layout.block_size)
+
+
+def built(runner, rows):
+    """One as the engine's are, where the last one was."""
+    request = EngineRequest("r", [0], SamplingParams())
+    sequences = tuple(
+        Sequence(request, [0] * start + ids, 0, block_table=table) for ids, start, table in rows
+    )
+    starts, ones = tuple(start for _, start, _ in rows), (1,) * len(rows)
+    return runner.build_batch(StepPlan(0, sequences, starts, ones, sampled=(True,) * len(rows)))
+
+
+def decode(runner, counts, steps, batch_of=built):
     """Logits of steps of so many sequences each, whose contexts have 1 to 700 tokens."""
     size, free = runner.layout.block_size, shuffled_blocks(runner)
     lengths = [1 + 233 * i % 700 for i in range(max(counts))]
@@ -51,10 +68,10 @@ def decode(runner, counts, steps):
     out = []
     for step in range(steps):
         for count in counts:
-            # Not the same sequences in the same rows.
-            chosen = [(i + step) % len(lengths) for i in range(count)]
+            # Every second time not the same sequences in the same rows.
+            chosen = [(i + step // 2) % len(lengths) for i in range(count)]
             rows = [([7 + i], lengths[i], tables[i]) for i in chosen]
-            out.append(runner.forward(make_batch(rows, size)))
+            out.append(runner.forward(batch_of(runner, rows)))
             for i in chosen:
                 lengths[i] += 1
     return out
@@ -64,11 +81,13 @@ def test_recorded_steps_are_bitwise_those_that_run_kernel_by_kernel(case, monkey
     path, settings = case
     runner = make_runner(path, **settings)
     assert runner._graphs is not None
-    got = decode(runner, (1, 3, 8), steps=4)
+    got = decode(runner, (1, 3, 8), steps=6)
+    moved = decode(make_runner(path, **settings), (1, 3, 8), steps=6, batch_of=fresh)
     monkeypatch.setattr(CpuOps, "tapes", lambda *_, **__: None)
-    want = decode(make_runner(path, **settings), (1, 3, 8), steps=4)
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
+    want = decode(make_runner(path, **settings), (1, 3, 8), steps=6, batch_of=fresh)
+    for a, b, c in zip(got, moved, want, strict=True):
+        assert torch.equal(a, c)
+        assert torch.equal(b, c)
 
 
 def test_logits_of_a_step_outlive_the_next_one(case):

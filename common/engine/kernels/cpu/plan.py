@@ -1,6 +1,7 @@
 """What the attention and KV kernels need to know of a step: which queries attend one by one, which
 as chunks, and in which pieces."""
 
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from common.engine.cache import KVCache
 from common.engine.kernels.cpu import attention, elementwise, prefill
 
 LINE_BYTES = 64
+NO_CHUNKS = np.empty((0, 4), np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,7 @@ class Splits:
         a.pending = address(self.pending)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Step:
     """One step's batch as the kernels read it. `keep` holds what the addresses are of."""
 
@@ -85,7 +87,8 @@ class Shapes:
 
 
 class Planner:
-    """Plans the steps of one model, one at a time.
+    """Plans the steps of one model, one at a time: one of single tokens holds until the next such
+    is planned, which is the same where only the numbers at its addresses differ.
 
     chunk_queries  a sequence with fewer queries in a step has them attend one by one
     signs          what Q and K are rotated by (see WriteArguments); None: they are not
@@ -96,9 +99,13 @@ class Planner:
         self._signs = signs
         self._shapes: Shapes | None = None
         self._scratch = np.empty(0, np.uint8)
+        self._parts = np.empty(0, np.float32)
         self._counting = np.empty(0, np.int32)
+        self._context = np.empty(0, np.int32)
         # By window: what the last decode step's splits follow from, and those.
-        self._decode_splits: dict[int | None, tuple[bytes, Splits]] = {}
+        self._decode_splits: dict[int | None, tuple[list[int], Splits]] = {}
+        # By number of sequences: what the last such step's arguments follow from, and it.
+        self._decode_steps: dict[int, tuple[tuple[Any, ...], Step]] = {}
 
     def plan(
         self,
@@ -109,41 +116,69 @@ class Planner:
         rope: tuple[torch.Tensor, torch.Tensor],
     ) -> Step:
         """See Ops.prepare."""
-        shapes = self._shapes_of(cache, num_heads, rope)
+        self._shapes_of(cache, num_heads, rope)
+        if len(batch.token_ids) == len(batch.context_len):
+            return self._decode_step(batch, windows)
         context = batch.positions.numpy().astype(np.int32) + 1
-        if len(context) == len(batch.context_len):
-            sequence = rows = self._count(len(context))
-            chunks = np.empty((0, 4), np.int32)
-            splits = {w: self._splits_again(w, rows, context) for w in set(windows)}
-        else:
-            starts = np.array(batch.query_start, dtype=np.int32)
-            counts = np.diff(starts)
-            sequence = np.repeat(self._count(len(counts)), counts)
-            chunked = counts >= self._chunk_queries
-            rows = np.flatnonzero(~chunked[sequence]).astype(np.int32)
-            chunks = cut_chunks(np.flatnonzero(chunked), starts, context, shapes.group)
-            splits = {w: split(rows, context, w, shapes.lanes) for w in set(windows)}
-        part_floats = shapes.num_heads * (cache.layout.head_dim + 16)
-        parts = np.empty(max(s.num_parts for s in splits.values()) * part_floats, np.float32)
-        threads = torch.get_num_threads()
-        scratch = self._scratch_of(threads)
+        starts = np.array(batch.query_start, dtype=np.int32)
+        counts = np.diff(starts)
+        sequence = np.repeat(self._count(len(counts)), counts)
+        chunked = counts >= self._chunk_queries
+        rows = np.flatnonzero(~chunked[sequence]).astype(np.int32)
+        chunks = cut_chunks(np.flatnonzero(chunked), starts, context, self._shapes.group)
+        splits = {w: split(rows, context, w, self._shapes.lanes) for w in set(windows)}
+        return self._step(batch, sequence, context, splits, chunks, windows)
+
+    def _decode_step(self, batch: Batch, windows: tuple[int | None, ...]) -> Step:
+        """The last step of this size again, where all that it says still holds."""
+        count = len(batch.context_len)
+        if len(self._context) < count:
+            self._context = np.empty(2 * count, np.int32)
+        struct.pack_into(f"{count}i", self._context, 0, *batch.context_len)
+        splits = {w: self._splits_again(w, batch.context_len) for w in set(windows)}
+        tensors = batch.positions, batch.slot_mapping, batch.block_table
+        memory = self._context, self._count(count).base, *self._memory_for(splits)
+        # All of these the step holds, so that no other gets their place.
+        key = tuple(map(id, (*tensors, *memory, *splits.values())))
+        known = self._decode_steps.get(count)
+        if known is None or known[0] != (key, windows, torch.get_num_threads()):
+            step = self._step(
+                batch, self._count(count), self._context[:count], splits, NO_CHUNKS, windows
+            )
+            known = self._decode_steps[count] = (key, windows, step.threads), step
+        return known[1]
+
+    def _step(
+        self,
+        batch: Batch,
+        sequence: np.ndarray,
+        context: np.ndarray,
+        splits: dict[int | None, Splits],
+        chunks: np.ndarray,
+        windows: tuple[int | None, ...],
+    ) -> Step:
+        """sequence and context [num_tokens] int32: of each row."""
+        shapes = self._shapes
+        scratch, parts = self._memory_for(splits)
         write, decode, chunk = (
             type(a).from_buffer_copy(a) for a in (shapes.write, shapes.decode, shapes.prefill)
         )
         write.positions, write.slots = batch.positions.data_ptr(), batch.slot_mapping.data_ptr()
         write.signs = 0 if self._signs is None else address(self._signs)
-        write.scratch, write.scratch_bytes = scratch, decode.scratch_bytes
+        write.scratch_bytes = decode.scratch_bytes
+        for a in (write, decode, chunk):
+            a.scratch = -(-address(scratch) // LINE_BYTES) * LINE_BYTES
         for a in (decode, chunk):
-            a.tables, a.table_width = batch.block_table.data_ptr(), batch.block_table.shape[1]
-            a.scratch = scratch
+            a.tables, a.table_width = batch.block_table.data_ptr(), batch.block_table.stride(0)
         decode.row_sequence, decode.row_context = address(sequence), address(context)
         decode.parts, chunk.items = address(parts), address(chunks)
-        keep = (batch, sequence, context, rope, parts, self._scratch)
+        keep = (batch, sequence, context, shapes.rope, parts, scratch)
+        threads = torch.get_num_threads()
         return Step(write, decode, splits, chunk, chunks, windows, shapes.group, threads, keep)
 
     def _shapes_of(
         self, cache: KVCache, num_heads: int, rope: tuple[torch.Tensor, torch.Tensor]
-    ) -> Shapes:
+    ) -> None:
         shapes = self._shapes
         if (
             shapes is None
@@ -151,19 +186,20 @@ class Planner:
             or shapes.num_heads != num_heads
             or shapes.rope is not rope
         ):
-            shapes = self._shapes = Shapes.of(cache, num_heads, rope)
+            self._shapes = Shapes.of(cache, num_heads, rope)
             self._decode_splits.clear()
-        return shapes
+            self._decode_steps.clear()
 
-    def _splits_again(self, window: int | None, rows: np.ndarray, context: np.ndarray) -> Splits:
+    def _splits_again(self, window: int | None, context: tuple[int, ...]) -> Splits:
         """Those of the step before where they are the same, as they mostly are."""
-        cuts = (context - 1) // attention.SPLIT_TOKENS
-        key = cuts.tobytes()
+        size = attention.SPLIT_TOKENS
+        key = [(tokens - 1) // size for tokens in context]
         if window is not None:
-            key += (np.maximum(context - window, 0) // attention.SPLIT_TOKENS).tobytes()
+            key += [max(tokens - window, 0) // size for tokens in context]
         known = self._decode_splits.get(window)
         if known is None or known[0] != key:
-            known = key, split(rows, context, window, self._shapes.lanes)
+            rows = self._count(len(context))
+            known = key, split(rows, self._context[: len(context)], window, self._shapes.lanes)
             self._decode_splits[window] = known
         return known[1]
 
@@ -173,12 +209,18 @@ class Planner:
             self._counting = np.arange(2 * most, dtype=np.int32)
         return self._counting[:most]
 
-    def _scratch_of(self, threads: int) -> int:
-        """The address of memory that threads write in during a call, on a line's border."""
-        each = max(self._shapes.decode.scratch_bytes, self._shapes.prefill.scratch_bytes)
-        if len(self._scratch) < threads * each + LINE_BYTES:
-            self._scratch = np.empty(threads * each + LINE_BYTES, np.uint8)
-        return -(-address(self._scratch) // LINE_BYTES) * LINE_BYTES
+    def _memory_for(self, splits: dict[int | None, Splits]) -> tuple[np.ndarray, np.ndarray]:
+        """What threads write in during a call, from a line's border on, and the parts of splits."""
+        shapes = self._shapes
+        each = max(shapes.decode.scratch_bytes, shapes.prefill.scratch_bytes)
+        size = torch.get_num_threads() * each + LINE_BYTES
+        if len(self._scratch) < size:
+            self._scratch = np.empty(size, np.uint8)
+        most = max(s.num_parts for s in splits.values())
+        size = most * shapes.num_heads * (shapes.cache.layout.head_dim + 16)
+        if len(self._parts) < size:
+            self._parts = np.empty(2 * size, np.float32)
+        return self._scratch, self._parts
 
 
 def address(array: np.ndarray) -> int:

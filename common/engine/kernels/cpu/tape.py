@@ -6,10 +6,12 @@ woken once: all go through the same kernels, and wait for each other after each.
 
 The first step of a batch size is recorded as the model runs: its kernels note their arguments in
 place of computing, and what they compute in is taken from a pool that later steps find again. A
-later step of that size refreshes what differs: where its tokens, pages and results lie.
+later step of that size refreshes what differs: where its tokens and pages lie, and in which pieces
+they are read. Mostly nothing does, since batches are built in memory that stays.
 """
 
 import ctypes
+import operator
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -103,11 +105,6 @@ class Pool:
         size = MOST_ROWS * width * dtype.itemsize
         return _view(self._chunk(size), rows, width, dtype)
 
-    def at(self, address: int, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """What `empty` gave out at this address."""
-        chunk = next(chunk for chunk in self._chunks if chunk.ctypes.data == address)
-        return _view(chunk, rows, width, dtype)
-
     def _chunk(self, size: int) -> np.ndarray:
         chunks = self._chunks
         for i in range(len(chunks)):
@@ -132,6 +129,7 @@ class Tape:
         self._kernels: list[Kernel] = []
         self._arguments: list[ctypes.Structure] = []
         self._refreshed: list[tuple[ctypes.Structure, Refresh]] = []
+        self._last: tuple[object, ...] = (None, None, None)
         self._meeting = (ctypes.c_int64 * 3)()
 
     def add(
@@ -154,17 +152,21 @@ class Tape:
         a.entries, a.num_items = self._entries.ctypes.data, len(entries)
         a.patience, a.team, a.system = PATIENCE, launch.TEAM_SIZE, launch.SYSTEM_CALL
         a.meeting = ctypes.addressof(self._meeting)
-        # Kept without a reference, so that other tapes may compute in its memory too.
-        self._output = output.data_ptr(), *output.shape, output.dtype
+        # Not the chunk itself, so that other tapes may compute in its memory too.
+        memory = (ctypes.c_uint8 * output.nbytes).from_address(output.data_ptr())
+        self._output = torch.frombuffer(memory, dtype=output.dtype).view(output.shape)
 
     def run(self, batch: Batch, step: object) -> torch.Tensor:
         """The step's result, valid until the next run of any tape of the pool."""
-        for arguments, refresh in self._refreshed:
-            refresh(arguments, batch, step)
+        now = step, batch.token_ids, batch.logit_rows
+        if any(map(operator.is_not, now, self._last)):
+            for arguments, refresh in self._refreshed:
+                refresh(arguments, batch, step)
+            self._last = now
         self._meeting[:] = (0, 0, 0)
         self._run.next_thread = 0
         tape_kernel().run_team(self._run, torch.get_num_threads())
-        return self._pool.at(*self._output)
+        return self._output
 
 
 class DecodeTapes:

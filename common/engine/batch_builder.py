@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from common.engine.batch import Batch
+from common.engine.batch import Batch, single_rows
 from common.engine.sequence import StepPlan
 
 
@@ -58,7 +58,8 @@ class BatchBuilder:
             len(tokens), len(rows), len(ends), width
         )
         batch = Batch(ids, places, slot_mapping, query_start, ends, table, logit_rows)
-        return on_device(batch, self._device)
+        last = single_rows(batch)
+        return on_device(batch if last is None else replace(batch, last=last), self._device)
 
     def _write_integers(self, *parts: list[int]) -> None:
         most = max(map(len, parts))
@@ -118,6 +119,7 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
         slot_mapping=slots,
         block_table=move(batch.block_table.contiguous(), device),
         logit_rows=move(batch.logit_rows, device),
+        last=None if batch.last is None else on_device(batch.last, device),
     )
 
 

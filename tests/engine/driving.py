@@ -2,11 +2,12 @@
 
 import random
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from common.engine.batch import Batch
+from common.engine.batch import Batch, single_rows
 from common.engine.config import EngineConfig
 from common.engine.runner import ModelRunner
 
@@ -34,7 +35,7 @@ def make_batch(
 ) -> Batch:
     """One row per sequence: its tokens of this step, the position of the first, its block table.
 
-    Logits of each sequence's last token, or of all tokens.
+    Logits of each sequence's last token, with which alone the last layer then attends, or of all.
     """
     tokens, positions, slots, starts, contexts, wanted = [], [], [], [0], [], []
     for ids, start, table in rows:
@@ -46,7 +47,7 @@ def make_batch(
         contexts.append(start + len(ids))
         wanted.append(len(tokens) - 1)
     width = max(len(table) for *_, table in rows)
-    return Batch(
+    batch = Batch(
         token_ids=torch.tensor(tokens),
         positions=torch.tensor(positions),
         slot_mapping=torch.tensor(slots),
@@ -57,6 +58,7 @@ def make_batch(
         ),
         logit_rows=torch.arange(len(tokens)) if all_rows else torch.tensor(wanted),
     )
+    return replace(batch, last=single_rows(batch))
 
 
 def prompt_logits(

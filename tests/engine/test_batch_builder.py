@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from common.engine.batch import single_rows
 from common.engine.batch_builder import BatchBuilder
 from common.engine.sampling_params import SamplingParams
 from common.engine.sequence import EngineRequest, Sequence, StepPlan
@@ -30,6 +31,21 @@ def test_a_batch_is_built_from_the_plan_and_the_sequences_block_tables():
     assert batch.query_start == (0, 2, 3, 6)
     assert batch.context_len == (5, 3, 3)
     assert batch.logit_rows.tolist() == [2, 5]
+
+
+def test_the_rows_with_logits_are_sequences_of_one_token_for_the_last_layer():
+    a = sequence([10, 11, 12, 13, 14, 15], [5, 2, 9])
+    b = sequence([20, 21, 22], [7, 6])
+    rows = (range(2, 5), range(0))
+    plan = StepPlan(0, (a, b), (1, 0), (5, 3), sampled=(True, False), prompt_rows=rows)
+    last = BatchBuilder(2, CPU).build(plan).last
+    assert last.token_ids.tolist() == [15, 12, 13, 14]
+    assert last.positions.tolist() == [5, 2, 3, 4]
+    assert (last.context_len, last.query_start) == ((6, 3, 4, 5), (0, 1, 2, 3, 4))
+    assert last.block_table.tolist() == [[5, 2, 9]] * 4
+    # Nothing to be left out, or nothing left.
+    assert BatchBuilder(2, CPU).build(StepPlan(0, (b,), (2,), (1,), (True,))).last is None
+    assert BatchBuilder(2, CPU).build(StepPlan(0, (b,), (0,), (3,), (False,))).last is None
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -89,3 +105,8 @@ def test_decode_steps_are_built_where_the_last_one_was():
         tensors = (batch.token_ids, batch.positions, batch.slot_mapping, batch.block_table)
         places.append([t.data_ptr() for t in (*tensors, batch.logit_rows)])
     assert places[0] == places[1]
+
+
+def test_all_rows_or_none_leave_the_last_layer_as_it_is():
+    batch = make_batch([([1, 2, 3], 0, [1])], 4, all_rows=True)
+    assert single_rows(batch) is None

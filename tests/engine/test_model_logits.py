@@ -1,8 +1,11 @@
 """Logits are transformers' logits, for every architecture, block size and chunking."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from common.engine.batch import single_rows
 from tests.engine import zoo
 from tests.engine.driving import make_batch, make_runner, prompt_logits, shuffled_blocks
 
@@ -107,13 +110,34 @@ def test_long_chunks_are_split_to_bound_their_masks_without_changing_results(mon
     torch.testing.assert_close(runner.forward(batch), want, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("arch", zoo.ZOO)
+def test_the_rows_that_the_last_layer_attends_with_have_the_logits_of_transformers(
+    arch, kernels, tmp_path
+):
+    """Rows of a prompt's middle among them, as those of its log-probabilities are."""
+    path = zoo.make_checkpoint(arch, False, tmp_path, head_dim=32)
+    runner = make_runner(path, kernels=kernels)
+    free = shuffled_blocks(runner)
+    prompts = [zoo.random_prompt(n, seed=n) for n in (90, 1, 9, 70)]
+    tables = [[free.pop() for _ in range(6)] for _ in prompts]
+    runner.forward(make_batch([(p[:40], 0, t) for p, t in zip(prompts, tables, strict=True)], 16))
+    rows = [(prompts[0][40:], 40, tables[0]), (prompts[3][40:], 40, tables[3])]
+    batch = replace(make_batch(rows, 16), logit_rows=torch.tensor([49, 79, 3, 4, 5]))
+    batch = replace(batch, last=single_rows(batch))
+    assert len(batch.last.token_ids) == 5
+    one, other = (zoo.expected_logits(path, prompts[i]) for i in (0, 3))
+    want = torch.stack((one[89], other[69], one[43], one[44], one[45]))
+    torch.testing.assert_close(runner.forward(batch), want, atol=1e-4, rtol=0)
+
+
 def test_logits_are_given_for_the_rows_asked_for_and_none_without():
     path = zoo.checkpoint("qwen2", True)
     runner = make_runner(path)
     batch = make_batch([(PROMPT, 0, list(range(1, 8)))], 16)
     assert runner.forward(batch).shape == (1, zoo.VOCAB)
     silent = make_batch([(PROMPT, 0, list(range(8, 15)))], 16)
-    object.__setattr__(silent, "logit_rows", torch.empty(0, dtype=torch.int64))
+    silent = replace(silent, logit_rows=torch.empty(0, dtype=torch.int64), last=None)
     assert runner.forward(silent).shape == (0, zoo.VOCAB)
     # The KV of the silent prompt is whole all the same, its last layer's too.
     for layer in runner._cache.payload:

@@ -97,16 +97,10 @@ class DenseDecoder:
             q = ops.write_kv(qkv, cache, index, step, norm)  # [n, h, d]
             if self.shard.kv_is_shared and cache.shared:
                 group.barrier()  # what is read next, another rank may have written
-            last = index == config.num_layers - 1
-            if last and not len(batch.logit_rows):
-                # A chunk that samples nothing ends here, with its KV written.
-                attended = q[:0].flatten(1)
-            else:
+            if index < config.num_layers - 1:
                 attended = ops.attention(q, cache, index, step).flatten(1)  # [n, h * d]
-            if last:
-                # Nothing reads the other rows any more.
-                rows = batch.logit_rows
-                attended, x = (ops.take(part, rows, "logit_rows") for part in (attended, x))
+            else:
+                attended, x = self._attend_last(q, x, cache, batch, step)
             delta = group.sum(layer.output(attended))
             if connector is not None:
                 # Not before the sum: with it every rank has written its heads.
@@ -115,6 +109,20 @@ class DenseDecoder:
             delta = group.sum(layer.down(ops.silu_mul(layer.gate_up(normed), layer.down)))
         _, normed = ops.add_norm(x, delta, self.norm, eps, self.head)
         return group.gather(self.head(normed), config.vocab_size)
+
+    def _attend_last(
+        self, q: torch.Tensor, x: torch.Tensor, cache: KVCache, batch: Batch, step: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last layer's attention [m, h * d] and x [m, e] of the rows whose logits are wanted:
+        once its KV is written nothing reads the others."""
+        ops, rows, index = self.ops, batch.logit_rows, self.config.num_layers - 1
+        if batch.last is None and len(rows):
+            q = ops.attention(q, cache, index, step)
+        attended, x = (ops.take(part, rows, "logit_rows") for part in (q.flatten(1), x))
+        if batch.last is not None:
+            step = self.prepare(batch.last, cache)
+            attended = ops.attention(attended.view(-1, *q.shape[1:]), cache, index, step).flatten(1)
+        return attended, x
 
 
 def _layer(config: ModelConfig, shard: Shard, weights: WeightReader, index: int) -> Layer:

@@ -9,12 +9,12 @@ import json
 import socket
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from common.engine.batch import Batch
+from common.engine.batch import Batch, single_rows
 
 _LENGTH = struct.Struct("<I")
 # What kind of order it is, then four sizes: of a step its tokens, sequences, width of the block
@@ -103,7 +103,7 @@ def _receive_step(
     ids, positions, slots, starts, contexts, table, rows = torch.frombuffer(
         body, dtype=torch.int64
     ).split(counts)
-    return Batch(
+    batch = Batch(
         token_ids=ids,
         positions=positions,
         slot_mapping=slots,
@@ -112,6 +112,7 @@ def _receive_step(
         block_table=table.view(sequences, width).int(),
         logit_rows=rows,
     )
+    return replace(batch, last=single_rows(batch))
 
 
 def _receive(peer: socket.socket, count: int) -> bytearray | None:

@@ -109,6 +109,7 @@ class Engine:
         self.runner = _load(config)
         self._on_step = on_step
         self._connector = connector or KVConnector()
+        self._hears_of_layers = connector
         self._scheduler = Scheduler(
             scheduler_config(config, self.runner),
             BlockManager(self.runner.num_blocks, prefix_caching=config.prefix_caching),
@@ -307,7 +308,7 @@ class Engine:
         batch = self.runner.build_batch(plan)
         if flight is not None and flight.draw is not None:
             take_tokens(batch, plan, flight.sampled, flight.draw.tokens)
-        logits = self.runner.forward(batch, connector)
+        logits = self.runner.forward(batch, self._hears_of_layers)
         sampled = [s for s, wanted in zip(plan.sequences, plan.sampled, strict=True) if wanted]
         draw = self._sampler.draw(logits[: len(sampled)], sampled) if sampled else None
         return _Flight(plan, logits[len(sampled) :], sampled, draw)

@@ -196,13 +196,13 @@ class ModelRunner:
         return SpreadBlocks(self.layout, shards, rooms, self._ranks, self._room)
 
     def _tapes(self) -> Any:
-        """The backend's way to run decode steps with one call, if it has one for this model."""
+        """The backend's way to run a step with one call, if it has one for this model."""
         tapes = getattr(self._ops, "tapes", None)
         if tapes is None or self.shard.size > 1:
             return None
         return tapes(
             self.model_config,
-            forward=lambda batch: self._model.forward(batch, self._cache, None),
+            forward=lambda batch, connector: self._model.forward(batch, self._cache, connector),
             prepare=lambda batch: self._model.prepare(batch, self._cache),
         )
 
@@ -275,6 +275,8 @@ class ModelRunner:
             batch = replace(batch, slot_mapping=torch.zeros_like(batch.slot_mapping))
         if self._graphs is not None and self._graphs.room_for(batch):
             return self._replay(batch, connector)
+        if self._graphs is not None and self.device.type == "cpu":
+            return self._graphs.run_once(batch, connector)
         if self._ranks is None:
             batch = on_device(batch, self.device)
             return self._model.forward(batch, self._cache, connector).float()

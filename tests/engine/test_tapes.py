@@ -1,5 +1,7 @@
 """A recorded decode step gives the bits of a step that runs kernel by kernel."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from common.engine.kernels.cpu import linear, tape
 from common.engine.kernels.cpu.ops import CpuOps
 from common.engine.sampling_params import SamplingParams
 from common.engine.sequence import EngineRequest, Sequence, StepPlan
+from common.kv.connector import KVConnector
 from tests.engine import zoo
 from tests.engine.driving import make_batch, make_runner, prompt_logits, shuffled_blocks
 
@@ -97,6 +100,70 @@ def test_logits_of_a_step_outlive_the_next_one(case):
     kept = first.clone()
     decode(runner, (2, 5), steps=2)
     assert torch.equal(got[0], kept)
+
+
+def chunks(runner, connector=None):
+    """Logits of steps with chunks of several prompts, beside sequences that decode."""
+    size, free = runner.layout.block_size, shuffled_blocks(runner)
+    tables = [[free.pop() for _ in range(40)] for _ in range(4)]
+    prompts = [zoo.random_prompt(n, seed=n) for n in (333, 70, 1, 90)]
+    cuts = [(0, 130, 131, 333), (0, 60, 61, 70), (0, 1, 1, 1), (0, 5, 9, 90)]
+    out = []
+    for step in range(3):
+        rows = [
+            (prompt[cut[step] : cut[step + 1]], cut[step], table)
+            for prompt, cut, table in zip(prompts, cuts, tables, strict=True)
+            if cut[step] < cut[step + 1]
+        ]
+        batch = make_batch(rows, size)
+        if step == 0:  # a chunk that samples nothing
+            nothing = torch.empty(0, dtype=torch.int64)
+            batch = replace(batch, logit_rows=nothing, last=None)
+        out.append(runner.forward(batch, connector))
+    return out
+
+
+class Layers(KVConnector):
+    """Notes what it hears, and the KV that is there then."""
+
+    def __init__(self, runner):
+        self.runner, self.heard = runner, []
+
+    def wait_for_layer_load(self, layer):
+        self.heard.append(("wait", layer, self.sum_of(layer)))
+
+    def save_kv_layer(self, layer):
+        self.heard.append(("save", layer, self.sum_of(layer)))
+
+    def sum_of(self, layer):
+        return self.runner._cache.payload[layer].view(torch.uint8).sum().item()
+
+
+def test_recorded_chunks_are_bitwise_those_that_run_kernel_by_kernel(case, monkeypatch):
+    path, settings = case
+    runner = make_runner(path, **settings)
+    runs = [chunks(runner) for _ in range(2)]
+    monkeypatch.setattr(CpuOps, "tapes", lambda *_, **__: None)
+    want = chunks(make_runner(path, **settings))
+    for got in runs:
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_connector_hears_of_each_layer_when_its_kv_is_there(case, monkeypatch):
+    path, settings = case
+    heard = []
+    for recorded in (True, False):
+        if not recorded:
+            monkeypatch.setattr(CpuOps, "tapes", lambda *_, **__: None)
+        runner = make_runner(path, **settings)
+        connector = Layers(runner)
+        out = chunks(runner, connector)
+        heard.append((connector.heard, out))
+    (one, logits), (other, expected) = heard
+    assert len(one) > 12
+    assert one == other
+    assert all(map(torch.equal, logits, expected))
 
 
 @pytest.mark.parametrize("patience", [0, 1, tape.PATIENCE])

@@ -16,9 +16,10 @@ from common.engine.kernels.cpu.launch import Kernel, compile_kernel, fields
 
 
 class TakeArguments(ctypes.Structure):
-    """Addresses. x [any, row_bytes], of which the rows [num_items] int64 go to out."""
+    """Addresses. x [any, row_bytes], its rows `stride` bytes apart, of which the rows [num_items]
+    int64 go to out."""
 
-    _fields_ = fields("x rows out row_bytes")
+    _fields_ = fields("x rows out row_bytes stride")
 
 
 @cache
@@ -32,7 +33,7 @@ def take_kernel() -> Kernel:
             row = simd.fetch_add(next_item, 1)
             if row >= a.num_items:
                 break
-            source = a.x + simd.scalar_int64(a.rows + 8 * row) * a.row_bytes
+            source = a.x + simd.scalar_int64(a.rows + 8 * row) * a.stride
             for i in range(0, a.row_bytes, 64):
                 x = simd.load_float32(source + i)
                 simd.store_float32(a.out + row * a.row_bytes + i, x)

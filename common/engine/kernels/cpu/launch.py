@@ -119,6 +119,8 @@ class Recorder(Protocol):
 
     def empty(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor: ...
 
+    def keep(self, held: object) -> None: ...
+
 
 class _Recording(threading.local):
     """Who takes note of this thread's kernels; None: they are run."""

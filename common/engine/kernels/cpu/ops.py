@@ -21,7 +21,7 @@ from common.engine.kernels.cpu.linear import TiledLinear, best
 from common.engine.kernels.cpu.matmul import CompiledLinear
 from common.engine.kernels.cpu.plan import Planner, Step
 from common.engine.kernels.cpu.quantized import Fp8Linear, Quantized, fits
-from common.engine.kernels.cpu.tape import DecodeTapes
+from common.engine.kernels.cpu.tape import Tapes
 from common.engine.kernels.reference import ReferenceOps, hadamard
 from common.engine.weight import Weight
 
@@ -71,9 +71,9 @@ class CpuOps(ReferenceOps):
     def tapes(
         self,
         config: ModelConfig,
-        forward: Callable[[Batch], torch.Tensor],
+        forward: Callable[[Batch, Any], torch.Tensor],
         prepare: Callable[[Batch], Any],
-    ) -> DecodeTapes | None:
+    ) -> Tapes | None:
         """For a model all of whose matrices were packed here. None: a step of it is not made of
         compiled kernels alone, which a tape is."""
         rows = config.hidden_size, config.num_heads * config.head_dim
@@ -83,7 +83,7 @@ class CpuOps(ReferenceOps):
             and all(width % TAKE_MULTIPLE == 0 for width in rows)
             and TEAM_SIZE is not None
         )
-        return DecodeTapes(forward, prepare) if possible else None
+        return Tapes(forward, prepare) if possible else None
 
     def take(self, x: torch.Tensor, rows: torch.Tensor, name: str) -> torch.Tensor:
         if recording.recorder is None:
@@ -91,7 +91,7 @@ class CpuOps(ReferenceOps):
         width = x.shape[1]
         out = empty(len(rows), width, x.dtype)
         a = elementwise.TakeArguments(x=x.data_ptr(), out=out.data_ptr(), rows=rows.data_ptr())
-        a.row_bytes = width * x.element_size()
+        a.row_bytes, a.stride = width * x.element_size(), x.stride(0) * x.element_size()
         refresh = partial(_refresh_take, name)
         elementwise.take_kernel().run(a, len(rows), 1, refresh=refresh)
         return out
@@ -139,7 +139,10 @@ class CpuOps(ReferenceOps):
     ) -> Any:
         if cache.layout.head_dim % HEAD_DIM_MULTIPLE:
             return super().prepare(batch, cache, num_heads, windows, rope)
-        return self._planner.plan(batch, cache, num_heads, windows, rope)
+        step = self._planner.plan(batch, cache, num_heads, windows, rope)
+        if recording.recorder is not None:
+            recording.recorder.keep(step)
+        return step
 
     def write_kv(
         self,

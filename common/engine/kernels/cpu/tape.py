@@ -1,20 +1,26 @@
 """A decode step as a tape: every kernel that it runs, recorded once and then run with one call.
 
 Between the kernels of a step there is Python, and a team of threads that is woken and sent to
-sleep a hundred times; with few sequences this takes as long as the kernels do. A tape has the team
-woken once: all go through the same kernels, and wait for each other after each.
+sleep a hundred times; with few sequences this takes as long as the kernels do, and with a chunk of
+512 tokens a twentieth. A tape has the team woken once: all go through the same kernels, and wait
+for each other after each.
 
 The first step of a batch size is recorded as the model runs: its kernels note their arguments in
 place of computing, and what they compute in is taken from a pool that later steps find again. A
 later step of that size refreshes what differs: where its tokens and pages lie, and in which pieces
 they are read. Mostly nothing does, since batches are built in memory that stays.
+
+Steps with chunks are hardly ever alike: such a tape is recorded, run and forgotten. Python that
+records does not wait for kernels in between, which push it out of the caches.
 """
 
+import bisect
 import ctypes
 import operator
 import sys
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +30,13 @@ from common.engine.batch import Batch
 from common.engine.graphs import only_decodes
 from common.engine.kernels.cpu import launch, simd
 from common.engine.kernels.cpu.launch import Kernel, Refresh, compile_kernel, fields
+from common.kv.connector import KVConnector
 
 # Decoding more sequences at once takes so long that what lies between its kernels is no matter.
 MOST_ROWS = 64
+LINE_BYTES = 64
+# With more tokens, memory that is kept for a tape would be much, and what it spares is not.
+MOST_TOKENS = 1024
 # Linux: of x86-64, of its futexes that one process uses alone.
 FUTEX, FUTEX_WAIT, FUTEX_WAKE, EVERYBODY = 202, 128, 129, 2**31 - 1
 # Tens of microseconds.
@@ -97,13 +107,15 @@ class Pool:
     again, as its reader comes earlier on the tape than who writes there next."""
 
     def __init__(self) -> None:
-        self._chunks: list[np.ndarray] = []
+        self._chunks: list[np.ndarray] = []  # the smallest first
         self._free = sys.getrefcount(np.empty(1)) + 1
 
     def empty(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """[rows, width], rows at most MOST_ROWS."""
-        size = MOST_ROWS * width * dtype.itemsize
-        return _view(self._chunk(size), rows, width, dtype)
+        """[rows, width]. For few sizes of rows, so that steps use each other's."""
+        room = max(MOST_ROWS, 1 << max(0, rows - 1).bit_length())
+        whole = torch.from_numpy(self._chunk(room * width * dtype.itemsize + LINE_BYTES))
+        start, size = -whole.data_ptr() % LINE_BYTES, rows * width * dtype.itemsize
+        return whole[start : start + size].view(dtype).view(rows, width)
 
     def _chunk(self, size: int) -> np.ndarray:
         chunks = self._chunks
@@ -111,13 +123,9 @@ class Pool:
             # A tensor of its memory refers to a chunk.
             if chunks[i].nbytes >= size and sys.getrefcount(chunks[i]) == self._free:
                 return chunks[i]
-        chunks.append(np.empty(size, np.uint8))
-        return chunks[-1]
-
-
-def _view(chunk: np.ndarray, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    size = rows * width * dtype.itemsize
-    return torch.from_numpy(chunk)[:size].view(dtype).view(rows, width)
+        chunk = np.empty(size, np.uint8)
+        bisect.insort(chunks, chunk, key=lambda chunk: chunk.nbytes)
+        return chunk
 
 
 class Tape:
@@ -131,6 +139,11 @@ class Tape:
         self._refreshed: list[tuple[ctypes.Structure, Refresh]] = []
         self._last: tuple[object, ...] = (None, None, None)
         self._meeting = (ctypes.c_int64 * 3)()
+        self._kept: list[object] = []
+
+    def keep(self, held: object) -> None:
+        """What holds the memory that kernels will read."""
+        self._kept.append(held)
 
     def add(
         self, kernel: Kernel, arguments: ctypes.Structure, items: int, refresh: Refresh | None
@@ -145,6 +158,19 @@ class Tape:
 
     def finish(self, output: torch.Tensor) -> None:
         """Nothing more comes; `output`, of `empty`, is the step's result."""
+        self._arrange()
+        # Not the chunk itself, so that other tapes may compute in its memory too.
+        memory = (ctypes.c_uint8 * output.nbytes).from_address(output.data_ptr())
+        self._output = torch.frombuffer(memory, dtype=output.dtype).view(output.shape)
+
+    def flush(self) -> None:
+        """Runs what was added since the last time, and forgets it."""
+        if self._kernels:
+            self._arrange()
+            self._go()
+            self._kernels, self._arguments, self._refreshed = [], [], []
+
+    def _arrange(self) -> None:
         pairs = zip(self._kernels, self._arguments, strict=True)
         entries = [(kernel.address, ctypes.addressof(a)) for kernel, a in pairs]
         self._entries = np.array(entries, np.int64)
@@ -152,9 +178,6 @@ class Tape:
         a.entries, a.num_items = self._entries.ctypes.data, len(entries)
         a.patience, a.team, a.system = PATIENCE, launch.TEAM_SIZE, launch.SYSTEM_CALL
         a.meeting = ctypes.addressof(self._meeting)
-        # Not the chunk itself, so that other tapes may compute in its memory too.
-        memory = (ctypes.c_uint8 * output.nbytes).from_address(output.data_ptr())
-        self._output = torch.frombuffer(memory, dtype=output.dtype).view(output.shape)
 
     def run(self, batch: Batch, step: object) -> torch.Tensor:
         """The step's result, valid until the next run of any tape of the pool."""
@@ -163,26 +186,45 @@ class Tape:
             for arguments, refresh in self._refreshed:
                 refresh(arguments, batch, step)
             self._last = now
+        self._go()
+        return self._output
+
+    def _go(self) -> None:
         self._meeting[:] = (0, 0, 0)
         self._run.next_thread = 0
         tape_kernel().run_team(self._run, torch.get_num_threads())
-        return self._output
 
 
-class DecodeTapes:
-    """A tape for each size of batch that has come.
+class _Between:
+    """Tells a connector of a layer when what is on the tape by then has been run."""
 
-    forward  a model's: runs its kernels, and nothing else
+    def __init__(self, tape: Tape, connector: KVConnector) -> None:
+        self._tape, self._connector = tape, connector
+
+    def wait_for_layer_load(self, layer: int) -> None:
+        self._tape.flush()
+        self._connector.wait_for_layer_load(layer)
+
+    def save_kv_layer(self, layer: int) -> None:
+        self._tape.flush()
+        self._connector.save_kv_layer(layer)
+
+
+class Tapes:
+    """A tape for each size of batch that only decodes, and one for the moment for any other.
+
+    forward  a model's, which tells the connector of each layer, if there is one: runs its kernels,
+             and nothing else
     prepare  what a model has made of a batch before its first layer
     """
 
     def __init__(
         self,
-        forward: Callable[[Batch], torch.Tensor],
+        forward: Callable[[Batch, Any], torch.Tensor],
         prepare: Callable[[Batch], object],
     ) -> None:
         self._forward, self._prepare = forward, prepare
-        self._pool = Pool()
+        self._pool, self._chunk_pool = Pool(), Pool()
         self._tapes: dict[int, Tape] = {}
 
     def room_for(self, batch: Batch) -> bool:
@@ -193,15 +235,24 @@ class DecodeTapes:
         count = len(batch.context_len)
         step = self._prepare(batch)
         if count not in self._tapes:
-            self._tapes[count] = self._record(batch)
+            tape = Tape(self._pool)
+            tape.finish(self._record(tape, batch, None))
+            self._tapes[count] = tape
         return self._tapes[count].run(batch, step).to(torch.float32, copy=True)
 
-    def _record(self, batch: Batch) -> Tape:
-        tape = Tape(self._pool)
+    def run_once(self, batch: Batch, connector: KVConnector | None) -> torch.Tensor:
+        """The same of any batch; the connector is told of each layer when it is done."""
+        if len(batch.token_ids) > MOST_TOKENS:
+            return self._forward(batch, connector).to(torch.float32)
+        tape = Tape(self._chunk_pool)
+        between = None if connector is None else _Between(tape, connector)
+        logits = self._record(tape, batch, between)
+        tape.flush()
+        return logits.to(torch.float32, copy=True)
+
+    def _record(self, tape: Tape, batch: Batch, connector: Any) -> torch.Tensor:
         launch.recording.recorder = tape
         try:
-            output = self._forward(batch)
+            return self._forward(batch, connector)
         finally:
             launch.recording.recorder = None
-        tape.finish(output)
-        return tape

@@ -3,15 +3,14 @@
 The matrix lies in panels of 32 columns of the result (rows of the weight), each read once from its
 first byte to its last: bfloat16 in pairs along a row, as AVX-512's dot product of pairs takes them
 (the layout that Intel calls VNNI). A tile of up to 12 rows of the result stays in registers
-(Goto & van de Geijn 2008); while a panel is multiplied by all tiles, the next comes from memory, so
-that reading and computing take the time of the longer and not of both. Every sum goes along the row
-in one order, whatever the tile: a row's bits depend on that row alone.
+(Goto & van de Geijn 2008); while a panel is multiplied by 8 rows or more, the next comes from
+memory, so that reading and computing take the time of the longer and not of both. Every sum goes
+along the row in one order, whatever the tile: a row's bits depend on that row alone.
 """
 
 import ctypes
 from functools import cache
 
-import numpy as np
 import torch
 from numba import carray
 
@@ -22,6 +21,8 @@ LANES = simd.LANES
 PANEL = 2 * LANES
 # Rows of a work item: of x they stay in a core's second cache while panels pass by.
 ITEM_ROWS = 192
+# How far ahead of a few rows' products a panel is fetched, in bytes.
+AHEAD = 2048
 # A product with fewer multiplications is done sooner than a second thread has begun it.
 PRODUCTS_PER_THREAD = 2**17
 
@@ -95,13 +96,15 @@ def matmul_kernel(io: int, native: bool) -> Kernel:
             panel, first = item % a.panels, item // a.panels * ITEM_ROWS
             last = min(first + ITEM_ROWS, a.rows)
             count = last - first
-            # Threads mostly take turns, so this one's next item is known: its panel comes from
-            # memory while this one's is computed with.
-            ahead, end = np.int64(0), np.int64(0)
-            if item + a.threads < a.num_items:
-                ahead = a.weights + (item + a.threads) % a.panels * panel_bytes
-                end = ahead + panel_bytes
+            # Few rows are done as soon as a panel has come, which is fetched shortly before.
+            ahead = a.weights + panel * panel_bytes + AHEAD
+            end = ahead + panel_bytes
             if count >= 8:
+                # Threads mostly take turns, so this one's next item is known: its panel comes
+                # from memory while this one's is computed with.
+                following = item + a.threads
+                ahead = a.weights + following % a.panels * panel_bytes
+                end = ahead + panel_bytes if following < a.num_items else ahead
                 twelves, eights = cut_rows(count)
                 # 4 steps are 8 lines of a panel, which comes once and is read by each tile.
                 lines = 1 + 7 // (twelves + eights)

@@ -286,32 +286,12 @@ def prefill_kernel(kv: int, io: int, group: int, native: bool = tiles.HAS_BFLOAT
                         at = row * 2 * dim
                     multiply_keys(pairs, dim, q + at, keys, first, stop, scores)
                     for half in range(0, LINE, 64):
-                        place = 4 * row + half
-                        soften(
-                            pairs,
-                            masked,
-                            a,
-                            tile,
-                            first,
-                            stop,
-                            scores + half,
-                            maxima + place,
-                            totals + place,
-                            ends + place,
-                            fades + half,
-                        )
+                        p, f, place = scores + half, fades + half, 4 * row + half
+                        m, t, e = maxima + place, totals + place, ends + place
+                        soften(pairs, masked, a, tile, first, stop, p, m, t, e, f)
                     add_values(pairs, dim, values, first, stop, scores, fades, into)
             token_bytes = lanes * group * dim * simd.size(io)
-            write_rows(
-                io,
-                group,
-                a,
-                sums,
-                totals,
-                rows,
-                a.out + first_row * token_bytes + head,
-                token_bytes,
-                block,
-            )
+            target = a.out + first_row * token_bytes + head
+            write_rows(io, group, a, sums, totals, rows, target, token_bytes, block)
 
     return compile_kernel(paged_prefill, PrefillArguments)

@@ -280,12 +280,6 @@ def largest(builder, value):
     return builder.extract_element(value, emit.I32(0))
 
 
-@emit.function(vector, vector, types.int64, types.float32)
-def keep_first(builder, value, count, other):
-    """The first `count` of the 16, `other` in place of the rest."""
-    return builder.select(emit.first_lanes(builder, count), value, emit.splat(builder, other))
-
-
 @emit.function(vector, types.int64, types.int64)
 def load_first(builder, address, count):
     """The first `count` float32 of 16, zeros in place of the rest, which are not read."""

@@ -13,7 +13,7 @@ from llvmlite import binding, ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from common.engine.kernels.cpu import emit, simd, tiles
+from common.engine.kernels.cpu import emit, memory, simd, tiles
 from common.engine.kernels.cpu.emit import LANES, vector
 
 # A step of a product: 2 of the columns that are summed over, for the 32 columns of a panel.
@@ -38,7 +38,9 @@ def pack(values: torch.Tensor) -> torch.Tensor:
     padded = torch.zeros(panels * 32, width, dtype=torch.uint8)
     padded[:out] = values.view(torch.uint8)
     parts = padded.view(panels, 2, 4, 4, width // 2, 2)  # panel, h, q, i, step, p
-    return parts.permute(0, 4, 2, 1, 3, 5).reshape(panels, width // 2, STEP_BYTES)
+    packed = memory.zeros(panels, width // 2, STEP_BYTES, dtype=torch.uint8)
+    packed.view(panels, width // 2, 4, 2, 4, 2).copy_(parts.permute(0, 4, 2, 1, 3, 5))
+    return packed
 
 
 # Steps of a product ------------------------------------------------------------------------------
@@ -129,9 +131,9 @@ def unpack_step(typing, native, source, target):
 def add_step(typing, native, tile, x, stride, weights):
     """tile[r] + the two bfloat16 at x + r * stride times the 32 pairs of e4m3 at `weights`."""
     decode, dot = (
-        (_by_table, tiles._dot_native)
+        (_by_table, tiles.dot_native)
         if native.literal_value
-        else (_by_arithmetic, tiles._dot_as_float32)
+        else (_by_arithmetic, tiles.dot_as_float32)
     )
 
     def generate(context, builder, signature, values):
@@ -228,9 +230,9 @@ def stack(typing, count):
 
     def generate(context, builder, signature, values):
         with builder.goto_entry_block():
-            memory = builder.alloca(ir.ArrayType(emit.I8, count.literal_value))
-        memory.align = 64
-        return builder.ptrtoint(memory, simd.INT64)
+            room = builder.alloca(ir.ArrayType(emit.I8, count.literal_value))
+        room.align = 64
+        return builder.ptrtoint(room, simd.INT64)
 
     return types.int64(count), generate
 

@@ -78,7 +78,7 @@ def dot_pairs(typing, rows, k, address, stride):
         sums = []
         places = emit.places(builder, address, stride, signature.args[0].count)
         for place, row in zip(places, emit.unpack(builder, rows), strict=True):
-            sums.append(_dot_native(builder, row, emit.read(builder, place, emit.I32V), k))
+            sums.append(dot_native(builder, row, emit.read(builder, place, emit.I32V), k))
         return emit.pack(builder, sums)
 
     return rows(rows, vector, types.int64, types.int64), generate
@@ -123,7 +123,7 @@ def mix_pairs(typing, rows, vectors, address, stride, low, high):
         for g, place in enumerate(emit.places(builder, address, stride, len(sums) // count)):
             weights = emit.splat(builder, emit.read(builder, place, emit.I32))
             for i, column in enumerate(columns, count * g):
-                sums[i] = _dot_native(builder, sums[i], weights, column)
+                sums[i] = dot_native(builder, sums[i], weights, column)
         return emit.pack(builder, sums)
 
     return rows(rows, vectors, *[types.int64] * 4), generate
@@ -292,13 +292,13 @@ def add_float32(typing, tile, x, stride, weights):
 def add_pairs(typing, tile, x, stride, weights):
     """tile[r] + the two bfloat16 at x + r * stride times the 32 pairs at `weights`, by AVX-512's
     own dot product."""
-    return _of_pairs(tile, _dot_native)
+    return _of_pairs(tile, dot_native)
 
 
 @intrinsic
 def add_pairs_as_float32(typing, tile, x, stride, weights):
     """The same for other CPUs."""
-    return _of_pairs(tile, _dot_as_float32)
+    return _of_pairs(tile, dot_as_float32)
 
 
 def _of_pairs(kind: types.Type, dot: Callable) -> Any:
@@ -314,12 +314,12 @@ def _of_pairs(kind: types.Type, dot: Callable) -> Any:
     return kind(kind, types.int64, types.int64, types.int64), generate
 
 
-def _dot_native(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
+def dot_native(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
     a, b = (builder.bitcast(x, _PAIRS) for x in (a, b))
     return emit.call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", emit.F32V, total, a, b)
 
 
-def _dot_as_float32(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
+def dot_as_float32(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
     low, high = emit.lanes(emit.I32, 16), emit.lanes(emit.I32, 0xFFFF0000)
     for half in (lambda x: builder.shl(x, low), lambda x: builder.and_(x, high)):
         x, y = (builder.bitcast(half(value), emit.F32V) for value in (a, b))
@@ -341,7 +341,7 @@ def round_pairs(builder, low, high):
 def add_pair_sums(builder, total, pairs):
     """total + both bfloat16 of each pair."""
     one = emit.lanes(emit.I32, 0x3F803F80)
-    return _dot_native(builder, total, pairs, one)
+    return dot_native(builder, total, pairs, one)
 
 
 def add_step(kind: int, native: bool, tile: Any, x: int, stride: int, weights: int) -> Any:

@@ -18,6 +18,7 @@ from tests.chaos.faults import Faults
 from tests.chaos.load import Load, bodies, found_of_others, undisturbed
 from tests.chaos.network import available
 from tests.chaos.services import ChaosMesh
+from tests.support.mesh import wait_until
 
 REQUESTS = 48
 QUIET_S = 5.0
@@ -57,11 +58,10 @@ def _quiet(mesh: ChaosMesh, before: dict[str, tuple[int, int]]) -> list[str]:
         mesh.wait_ready(READY_S)
     except AssertionError as error:
         return [str(error)]
-    end = time.monotonic() + QUIET_S
-    while not mesh.idle():
-        if time.monotonic() > end:
-            return [f"not idle after {QUIET_S} s: {mesh.state(mesh.urls()[0])}"]
-        time.sleep(0.2)
+    try:
+        wait_until(mesh.idle, QUIET_S, "idle")
+    except AssertionError as error:
+        return [f"{error}: {mesh.state(mesh.urls()[0])}"]
     wrong = []
     for node in mesh.nodes.values():
         starts, descriptors = before[node.name]

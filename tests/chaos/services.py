@@ -137,7 +137,7 @@ class ChaosMesh:
             dead = [n.name for n in self.nodes.values() if not n.alive]
             if dead or time.monotonic() > end:
                 raise AssertionError(f"mesh not ready; not running: {dead}; logs: {self.folder}")
-            time.sleep(0.2)
+            time.sleep(0.2)  # each look asks every gateway and worker
 
     def close(self) -> None:
         for node in self.nodes.values():

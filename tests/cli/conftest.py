@@ -6,13 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from baton.cli.ports import any_free
+from tests.support.mesh import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "baton-tiny"
@@ -31,15 +31,6 @@ def baton(*args: str, timeout_s: float = 180, **kwargs) -> subprocess.CompletedP
         check=False,
         **kwargs,
     )
-
-
-def wait_for(condition: Callable[[], object], within_s: float, what: str) -> None:
-    """Returns once the condition holds; fails, naming `what`, when it does not in time."""
-    deadline = time.monotonic() + within_s
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"not within {within_s} s: {what}")
-        time.sleep(0.05)
 
 
 def children_of(pid: int) -> dict[int, str]:
@@ -87,7 +78,9 @@ class Up:
         return self._err.read_text()
 
     def wait_ready(self) -> str:
-        wait_for(lambda: self.url or self.process.poll() is not None, READY_S, "baton up is Ready")
+        wait_until(
+            lambda: self.url or self.process.poll() is not None, READY_S, "baton up is Ready"
+        )
         assert self.url, self.progress
         return self.url
 

@@ -11,7 +11,7 @@ import pytest
 from baton.cli.locate import model_folder
 from baton.cli.mesh import MeshPlan, specs
 from common.errors import ConfigError
-from tests.cli.conftest import MODEL, READY_S, alive, baton, wait_for
+from tests.cli.conftest import MODEL, READY_S, alive, baton, wait_until
 
 QUESTION = "codes: river=4821 stone=7733. What is the code of river?"
 STOP_S = 60.0
@@ -67,12 +67,12 @@ def test_services_end_when_up_itself_is_killed(start_up):
     assert len(children) == 4
     up.process.kill()
     up.process.wait()
-    wait_for(lambda: not any(alive(pid) for pid in children), STOP_S, "the services end")
+    wait_until(lambda: not any(alive(pid) for pid in children), STOP_S, "the services end")
 
 
 def test_ctrl_c_while_loading_stops_cleanly(start_up):
     up = start_up()
-    wait_for(lambda: len(up.children()) == 4, 60, "the services start")
+    wait_until(lambda: len(up.children()) == 4, 60, "the services start")
     children = up.children()
     up.process.send_signal(signal.SIGINT)
     assert up.process.wait(STOP_S) == 0
@@ -165,7 +165,7 @@ def test_serve_ends_on_sigterm_with_code_zero(tmp_path):
             stderr=out,
         )
     try:
-        wait_for(lambda: '"ready"' in log.read_text(), 60, "the kvstore is ready")
+        wait_until(lambda: '"ready"' in log.read_text(), 60, "the kvstore is ready")
         process.terminate()
         assert process.wait(STOP_S) == 0
     finally:

@@ -114,5 +114,5 @@ def _start_daemon(folder: Path, environ: dict[str, str]) -> subprocess.Popen[byt
             daemon.kill()
             daemon.wait()
             raise RuntimeError(f"dockerd did not start:\n{log.read_text()[-4000:]}")
-        time.sleep(0.2)
+        time.sleep(0.2)  # dockerd does not tell when it answers
     return daemon

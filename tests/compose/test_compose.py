@@ -85,7 +85,7 @@ def wait_for(condition: Callable[[], bool], within_s: float) -> float:
     while not condition():
         if time.monotonic() - began > within_s:
             pytest.fail(f"not within {within_s} s: {condition}")
-        time.sleep(0.1)
+        time.sleep(0.1)  # containers do not tell when it holds
     return time.monotonic() - began
 
 

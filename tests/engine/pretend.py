@@ -4,6 +4,8 @@ Each step checks that every KV entry it would attend to is that of this very seq
 block that was shared, loaded, recomputed or freed wrongly shows at once.
 """
 
+import random
+
 from common.engine.blocks import BlockManager
 from common.engine.limits import SchedulerConfig
 from common.engine.sampling_params import SamplingParams
@@ -140,3 +142,13 @@ class PretendEngine:
         for position in range(end):
             prefix = tuple(sequence.token_ids[: position + 1])
             assert self.pages.get(self.slot(table, position)) == prefix
+
+
+def tokens(count, seed=0):
+    rng = random.Random(seed)
+    return [rng.randrange(900) for _ in range(count)]
+
+
+def all_free(engine):
+    engine.scheduler.check()
+    return engine.blocks.num_used == 0

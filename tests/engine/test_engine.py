@@ -11,6 +11,7 @@ from common.engine.sequence import EngineRequest
 from common.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
 from common.kv.connector import KVConnector
 from tests.engine.zoo import VOCAB, checkpoint, expected_greedy
+from tests.support.mesh import wait_until
 
 PATIENCE_S = 20.0
 
@@ -87,10 +88,7 @@ def start(request):
 
 
 def used_blocks_reach_zero(engine):
-    end = time.monotonic() + PATIENCE_S
-    while engine.state().blocks_used:
-        assert time.monotonic() < end
-        time.sleep(0.001)
+    wait_until(lambda: not engine.state().blocks_used, PATIENCE_S, "no block is used")
 
 
 def test_outputs_carry_the_tokens_the_end_and_the_trace(start):

@@ -1,7 +1,6 @@
 import functools
 import json
 import random
-import time
 from dataclasses import replace
 
 import pytest
@@ -12,6 +11,7 @@ from baton.llm import GATHERED, _Steps
 from common.engine.sequence import RequestOutput as EngineOutput
 from common.errors import CheckpointError, InvalidRequest, Unavailable
 from tests.engine.zoo import VOCAB, ZOO, checkpoint, expected_greedy, make_checkpoint
+from tests.support.mesh import wait_until
 
 NEW_TOKENS = 64
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
@@ -44,10 +44,12 @@ def answers(llm, prompts, params=GREEDY):
 
 def wait_until_idle(llm, deadline_s=10.0):
     """All blocks come home once the last output was told."""
-    end = time.monotonic() + deadline_s
-    while (state := llm.engine.state()).blocks_used or state.running or state.waiting:
-        assert time.monotonic() < end, state
-        time.sleep(0.001)
+
+    def idle():
+        state = llm.engine.state()
+        return not (state.blocks_used or state.running or state.waiting)
+
+    wait_until(idle, deadline_s, "the engine is idle")
     llm.engine._scheduler.check()
     assert llm.engine._scheduler.idle
 

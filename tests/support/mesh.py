@@ -25,7 +25,7 @@ def wait_until(condition: Callable[[], Any], deadline_s: float, what: str) -> An
     while time.monotonic() < end:
         if answer := condition():
             return answer
-        time.sleep(0.05)
+        time.sleep(0.05)  # other processes do not tell when it holds
     raise AssertionError(f"{what}: not within {deadline_s} s")
 
 

@@ -21,6 +21,8 @@ PACKAGES = {
 }
 # Kept between runs, so that only the first one builds everything.
 CACHE = Path(os.environ.get("BATON_TEST_CACHE", Path.home() / ".cache" / "baton"))
+# What the builder may keep of old builds: one build of the four images takes about 3 GB.
+KEPT_BUILDS = "6GB"
 START_S = 60.0
 STOP_S = 60.0
 
@@ -66,6 +68,9 @@ def running_engine() -> Iterator[dict[str, str]]:
         daemon = _start_daemon(Path(folder), environ)
         try:
             yield environ
+            # Of a daemon of our own alone: somebody else's builds are not ours to throw away.
+            prune = [DOCKER, "builder", "prune", "--force", "--keep-storage", KEPT_BUILDS]
+            subprocess.run(prune, env=environ, capture_output=True, timeout=600, check=True)
         finally:
             daemon.terminate()
             try:

@@ -49,6 +49,9 @@ def base_image(docker: str, environ: Mapping[str, str]) -> str:
         _import_debian(docker, environ, debian)
     name = f"baton-test-base:{_wheelhouse_key()}"
     if not _has_image(docker, environ, name):
+        old = run([docker, "image", "ls", "-q", "baton-test-base"], environ, 30).split()
+        if old:
+            run([docker, "image", "rm", "--force", *set(old)], environ, 120)
         _build_with_wheels(docker, environ, debian, name)
     return name
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from baton.conformance.driven import BLOCK_SIZE, LOOK_S, TOKEN, VOCAB, DrivenWorker
+from baton.conformance.late import LateBus
 from common.engine.sequence import Phase
 from common.kv.connector import KVConnector
 
@@ -46,7 +47,7 @@ class Subject:
             yield worker
             worker.turns_until(worker.idle, PATIENCE_S)
         finally:
-            worker.connector.shutdown()
+            worker.close()
 
     def ask(self, worker: DrivenWorker, prompt: list[int], name: str = "r", **fields: Any) -> None:
         """A request to its end."""
@@ -139,6 +140,20 @@ def steps_begun_before_the_tokens_of_the_last_are_known_change_nothing(subject: 
             subject.ask(second, [*prompt, *[TOKEN] * 40], f"again{i}")
 
 
+def the_pages_of_a_device_whose_copies_come_late_are_right(subject: Subject) -> None:
+    """With so little room that pages are another's before the copy of them has come."""
+    shared = prompt_of(40)
+    prompts = [shared + prompt_of(5 + 9 * i) for i in range(8)]
+    with subject.worker(num_blocks=24, ahead=True, bus=LateBus(delay_s=0.002)) as worker:
+        for i, prompt in enumerate(prompts):
+            worker.submit(f"r{i}", prompt, max_tokens=20, transfer=subject.transfer)
+        for i in range(len(prompts)):
+            assert worker.run(f"r{i}", 2 * PATIENCE_S).finish_reason == "length"
+    with subject.worker(ahead=True, bus=LateBus()) as second:
+        for i, prompt in enumerate(prompts):
+            subject.ask(second, [*prompt, *[TOKEN] * 20], f"again{i}")
+
+
 def a_load_that_fails_is_computed(subject: Subject) -> None:
     """Both before a request comes and while its load is under way."""
     if subject.spoil is None:
@@ -225,6 +240,7 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     many_requests_at_once_get_each_its_own_kv,
     an_abort_lets_go_of_the_blocks_and_nothing_late_touches_them,
     steps_begun_before_the_tokens_of_the_last_are_known_change_nothing,
+    the_pages_of_a_device_whose_copies_come_late_are_right,
     it_wakes_the_engine_when_there_is_something_to_collect,
     its_counters_are_counts_by_name,
     shutdown_leaves_no_thread_and_no_descriptor,

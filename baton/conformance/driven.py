@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from common.engine.blocks import BlockManager
+from common.engine.device_pages import Bus, DevicePages
 from common.engine.limits import SchedulerConfig
 from common.engine.sampling_params import SamplingParams
 from common.engine.scheduler import Scheduler
@@ -28,6 +29,7 @@ from common.engine.sequence import (
     StepPlan,
 )
 from common.kv.connector import KVCaches, KVConnector
+from common.kv.connectors.copies import HostCopies
 from common.kv.layout import KVLayout
 
 BLOCK_SIZE = 16
@@ -63,6 +65,7 @@ class DrivenWorker:
     ahead            begin a step before the one before it has landed, as the engine does where it
                      steps ahead
     block_size       tokens in a page, all else as in LAYOUT
+    bus              None, or the pages are a device's, behind this bus
     computed_tokens  so far
     on_turn          called after each turn
     on_layer         called within a step after save_kv_layer
@@ -74,6 +77,7 @@ class DrivenWorker:
     ahead: bool = False
     fingerprint: bytes = FINGERPRINT
     block_size: int = BLOCK_SIZE
+    bus: Bus | None = None
     outputs: dict[str, list[RequestOutput]] = field(default_factory=dict)
     computed_tokens: int = 0
     on_turn: Callable[["DrivenWorker"], None] | None = None
@@ -98,8 +102,10 @@ class DrivenWorker:
         )
         self._stops: dict[str, int] = {}
         self._flight: StepPlan | None = None
+        pages = self.cache if self.bus is None else DevicePages(self.cache, layout, self.bus)
+        self.copies = HostCopies(pages, layout)
         self.connector.register_kv_caches(
-            KVCaches(self.cache, layout, self.fingerprint, self.woken.set)
+            KVCaches(pages, layout, self.fingerprint, self.woken.set, self.copies)
         )
         self.scheduler = Scheduler(config, self.blocks, self.connector)
 
@@ -197,6 +203,11 @@ class DrivenWorker:
         """End a request between two turns."""
         self.scheduler.abort(request_id)
         self._keep(self.scheduler.take_outputs())
+
+    def close(self) -> None:
+        """Shut the connector down, as the engine does."""
+        self.connector.shutdown()
+        self.copies.close()
 
     def idle(self) -> bool:
         """Nothing is held: no request, no block, no transfer."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from common.engine.batch import Batch, single_rows
+from common.engine.device import move
 from common.engine.sequence import StepPlan
 
 
@@ -121,10 +122,3 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
         logit_rows=move(batch.logit_rows, device),
         last=None if batch.last is None else on_device(batch.last, device),
     )
-
-
-def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """To the device, without waiting for what it does."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)

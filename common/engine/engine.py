@@ -27,6 +27,7 @@ from common.engine.scheduler import Scheduler
 from common.engine.sequence import EngineRequest, Phase, RequestOutput, Sequence, StepPlan
 from common.errors import BatonError, InvalidRequest, Overloaded, Unavailable
 from common.kv.connector import KVCaches, KVConnector
+from common.kv.connectors.copies import HostCopies
 
 T = TypeVar("T")
 log = structlog.get_logger("engine")
@@ -128,12 +129,14 @@ class Engine:
         self._draining = False
         self._stopping = False
         self._state = self._snapshot()
+        self._copies = HostCopies(self.runner.cache, self.runner.layout)
         self._connector.register_kv_caches(
             KVCaches(
                 cache=self.runner.cache,
                 layout=self.runner.layout,
                 fingerprint=self.runner.fingerprint,
                 wake=self.wake,
+                copies=self._copies,
             )
         )
         self.failure.add_done_callback(lambda _: self.wake())
@@ -248,6 +251,7 @@ class Engine:
         try:
             self._connector.shutdown()
         finally:
+            self._copies.close()
             self.runner.close()
 
     def _take_inbox(self, busy: bool) -> bool:

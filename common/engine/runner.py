@@ -11,10 +11,12 @@ import torch
 from torch.distributed import is_nccl_available
 
 from common.engine.batch import Batch
-from common.engine.batch_builder import BatchBuilder, move, on_device
+from common.engine.batch_builder import BatchBuilder, on_device
 from common.engine.cache import KVCache, shared_memory
 from common.engine.checkpoint import Checkpoint
 from common.engine.config import EngineConfig, ModelConfig
+from common.engine.device import move
+from common.engine.device_pages import CudaBus, DevicePages
 from common.engine.graphs import DecodeGraphs, StaticBatch, bucket_sizes, warm_up
 from common.engine.kernels import (
     check_batch_invariant,
@@ -166,9 +168,7 @@ class ModelRunner:
             fp8_attention=config.fp8_attention,
         )
         self._cache = self._make_cache(static_scales)
-        self.cache: Pages = self._cache.data
-        if self._private:
-            self.cache = self._join_rooms()
+        self.cache = self._pages()
         self._graphs = self._tapes() if self.device.type == "cpu" else self._capture()
 
     @property
@@ -185,6 +185,14 @@ class ModelRunner:
         fd = self._place.shared_fd if self._place else None
         scales = static_scales
         return KVCache(self.layout, blocks, device, static_scales=scales, kv_heads=heads, fd=fd)
+
+    def _pages(self) -> Pages:
+        """The cache for connectors."""
+        if self._private:
+            return self._join_rooms()
+        if self.device.type == "cuda":
+            return DevicePages(self._cache.data, self.layout, CudaBus(self.device))
+        return self._cache.data
 
     def _join_rooms(self) -> Pages:
         size = self.shard.size

@@ -22,9 +22,9 @@ computed for it is nobody's. In `wait_for_save`, in `request_finished` and where
 be admitted all tokens are known.
 
 On a GPU a step may be under way whenever one of these is called. What is put on the current stream
-of the engine's thread, as all of pages.py is, comes after it: a copy holds what the step wrote, and
-a page that was given to another is written after its last owner's step. A connector that moves
-bytes in another way waits for an event that it recorded on that stream.
+of the engine's thread, as all of pages.py and copies.py is, comes after it: a copy holds what the
+step wrote, and a page that was given to another is written after its last owner's step. A connector
+that moves bytes in another way waits for an event that it recorded on that stream.
 """
 
 from collections.abc import Callable
@@ -35,6 +35,7 @@ from common.kv.layout import KVLayout
 
 if TYPE_CHECKING:
     from common.engine.sequence import Sequence, StepPlan
+    from common.kv.connectors.copies import HostCopies
     from common.kv.connectors.pages import Pages
 
 
@@ -42,12 +43,14 @@ if TYPE_CHECKING:
 class KVCaches:
     """What a connector may touch: `cache` are the pages, which the functions of
     common/kv/connectors/pages.py read and write as uint8 `[num_blocks, block_bytes]`, wherever they
-    are; `fingerprint` identifies whose KV it is; `wake()` may be called from any thread."""
+    are, and of which `copies` makes copies that nobody waits for; `fingerprint` identifies whose KV
+    it is; `wake()` may be called from any thread."""
 
     cache: "Pages"
     layout: KVLayout
     fingerprint: bytes
     wake: Callable[[], None]
+    copies: "HostCopies"
 
 
 class KVConnector:

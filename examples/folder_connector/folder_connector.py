@@ -6,7 +6,7 @@ and writes the files, and what it found waits in a queue for the engine's next t
 import collections
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +80,13 @@ class FolderConnector(kv.KVConnector):
             if sequence.phase is kv.Phase.FINISHED:
                 continue  # it ended with the step before: it has no pages any more
             first, end = start // self._size, (start + count) // self._size
-            pages = kv.copy_pages(self._caches.cache, sequence.block_table[first:end])
-            for key, page in zip(self._keys(sequence, end)[first:], pages, strict=True):
-                if self._room.acquire(blocking=False):
-                    self._pool.submit(self._write, key, page)
+            kept = [i for i in range(first, end) if self._room.acquire(blocking=False)]
+            if kept:
+                # Of a GPU's pages the bytes come later: the pool waits for them.
+                copy = self._caches.copies.pages([sequence.block_table[i] for i in kept])
+                keys = self._keys(sequence, end)
+                for page, i in enumerate(kept):
+                    self._pool.submit(self._write, keys[i], copy, page)
 
     def get_finished(self, finished_request_ids: set[str]) -> tuple[set[str], set[str]]:
         for _ in range(len(self._inbox)):
@@ -133,13 +136,14 @@ class FolderConnector(kv.KVConnector):
             payloads.append(block.payload)
         self._tell(lambda: self._landed(request_id, pages, payloads))
 
-    def _write(self, key: bytes, page: memoryview) -> None:
+    def _write(self, key: bytes, copy: Future[list[memoryview]], page: int) -> None:
         path = self._folder / key.hex()
         try:
+            payload = copy.result()[page]
             if not path.exists():
                 partial = path.with_suffix(f".{threading.get_native_id()}")
                 whole = kv.BlockRange.whole(self._caches.layout)
-                partial.write_bytes(kv.encode_block(key, whole, self._size, page))
+                partial.write_bytes(kv.encode_block(key, whole, self._size, payload))
                 partial.replace(path)  # nobody ever sees half a file
         finally:
             self._room.release()

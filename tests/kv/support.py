@@ -149,6 +149,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
         self._stopping = True
         self._engine.join(10)
         self.sender.shutdown()
+        self.worker.copies.close()
         self._loop.close()
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from common.kv.connectors import sender
+from common.kv.connectors.copies import HostCopies
 from common.kv.connectors.handoff import HandoffReceiver
-from common.kv.connectors.pages import copy_blocks, pages_of
+from common.kv.connectors.pages import pages_of
 from common.kv.handoff import HandoffPolicy, PrefillCandidates
 from common.kv.layout import ELEMENT_BYTES, SCALE_BYTES, KVLayout, block_sizes_fit
 from tests.kv.support import LAYOUT, PrefillWorker, Worker, card_of, until
@@ -66,13 +67,13 @@ def test_blocks_of_another_size_are_cut_from_pages(size, to_size, kv_dtype):
     for index, page in enumerate(table):
         whole = lay_out(layout, *kv, range(index, index + 1), range(3))
         cache[page] = torch.frombuffer(bytearray(whole), dtype=torch.uint8)
-    total = to.blocks_for(tokens)
+    total, copies = to.blocks_for(tokens), HostCopies(cache, layout)
     for _ in range(8):
         first, layer = rng.randrange(total), rng.randrange(3)
         blocks = range(first, rng.randint(first + 1, total))
         layers = range(layer, rng.randint(layer + 1, 3))
         pages = table[pages_of(layout, to, first, len(blocks))]
-        got = copy_blocks(cache, layout, pages, to, first, len(blocks), layers)
+        got = copies.blocks(pages, to, first, len(blocks), layers).result()
         assert got == lay_out(to, *kv, blocks, layers), (blocks, layers)
 
 

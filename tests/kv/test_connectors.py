@@ -11,6 +11,7 @@ import pytest
 from common.errors import BatonError, HandoffError
 from common.kv.connector import KVCaches, KVConnector
 from common.kv.connectors.chain import ChainConnector
+from common.kv.connectors.copies import HostCopies
 from common.kv.connectors.handoff import HandoffReceiver, HandoffSender
 from common.kv.connectors.store import StoreConnector
 from common.kv.handoff import HandoffTarget
@@ -60,8 +61,9 @@ def test_requests_that_want_nothing_are_served_and_leave_nothing(kind):
 def test_shutdown_ends_every_thread_that_the_connector_made(kind):
     before = set(threading.enumerate())
     connector = make(kind)
+    cache = Worker(KVConnector()).cache
     connector.register_kv_caches(
-        KVCaches(Worker(KVConnector()).cache, LAYOUT, FINGERPRINT, lambda: None)
+        KVCaches(cache, LAYOUT, FINGERPRINT, lambda: None, HostCopies(cache, LAYOUT))
     )
     connector.shutdown()
     own = {t for t in set(threading.enumerate()) - before if t.name.startswith("baton")}

@@ -4,6 +4,7 @@ import asyncio
 import random
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -390,11 +391,8 @@ def _count(worker: Worker) -> dict[str, int]:
 
 def test_kv_of_another_model_is_never_used(prefill, decode):
     """A prefill worker that computes under another fingerprint, and does not say so."""
-    prefill.worker.connector.register_kv_caches(
-        type(prefill.sender._caches)(
-            prefill.worker.cache, LAYOUT, b"another", prefill.worker.woken.set
-        )
-    )
+    other = replace(prefill.sender._caches, fingerprint=b"another")
+    prefill.worker.connector.register_kv_caches(other)
     decode.submit("r", prompt_of(100), transfer=from_(prefill))
     decode.run("r")
     assert decode.computed_tokens == 100

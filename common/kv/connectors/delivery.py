@@ -3,11 +3,13 @@
 import asyncio
 import collections
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import structlog
 
 from common.errors import BatonError, Cancelled, HandoffError
+from common.kv.connectors.copies import arrived
 from common.kv.handoff import HandoffTarget, Verdict
 from common.kv.transports import Link, Transport
 from common.kv.wire import (
@@ -29,6 +31,8 @@ class Staged:
     key          the last block's
     token_count  the last block's; those before it are full
     cached       the KV was there before this request
+    size         bytes of the payload
+    payload      may not be here yet
     """
 
     number: int
@@ -38,7 +42,8 @@ class Staged:
     key: bytes
     token_count: int
     cached: bool
-    payload: memoryview
+    size: int
+    payload: Future[memoryview]
 
 
 class _Refused(HandoffError):
@@ -110,9 +115,9 @@ class Delivery:
         self._ended = True
         return error
 
-    def unsent_bytes(self) -> int:
-        """Of frames that were put and never settled."""
-        return sum(len(staged.payload) for staged in (*self._unanswered, *self._waiting))
+    def unsettled(self) -> list[Staged]:
+        """Frames that were put, and of which nobody said that the receiver has them."""
+        return [*self._unanswered, *self._waiting]
 
     async def _deliver(self) -> None:
         """Send until all is answered; a link that breaks is made anew once."""
@@ -164,8 +169,9 @@ class Delivery:
             total=self._total,
             cached=staged.cached,
         )
-        header = encode_block_header(staged.key, staged.range, staged.token_count, staged.payload)
-        return await link.send(encode_envelope(envelope) + header, staged.payload)
+        payload = await arrived(staged.payload)
+        header = encode_block_header(staged.key, staged.range, staged.token_count, payload)
+        return await link.send(encode_envelope(envelope) + header, payload)
 
     def _settle(self, staged: Staged, answer: "asyncio.Future[int]") -> None:
         """Take the answer to a frame. Raises when it was refused or its link broke."""

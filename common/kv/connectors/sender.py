@@ -1,9 +1,10 @@
 """The prefill worker's end of a handoff: sends each layer's KV while the next layer computes.
 
 Blocks that a step completes leave layer by layer; those that were there before it (found in a
-cache, loaded, or left for want of room) leave whole. What is sent is copied on the engine's thread
-and only then goes to the loop: a page that preemption or an abort gives to somebody else is never
-read again, so what is sent under a key is what was computed for it.
+cache, loaded, or left for want of room) leave whole. The engine's thread asks for a copy of what is
+sent (copies.py), as its pages are then: a page that preemption or an abort gives to somebody else
+is never read again, so what is sent under a key is what was computed for it. The loop has the
+frames at once and waits for the bytes of each.
 
 What is sent are blocks of the decode worker's size, under its keys; where this worker's size is
 another, the copy is cut from its pages. Blocks here are the decode worker's, pages this one's.
@@ -24,7 +25,7 @@ from common.engine.sequence import Phase
 from common.errors import Cancelled, HandoffError
 from common.kv.connector import KVCaches, KVConnector
 from common.kv.connectors.delivery import Delivery, Staged
-from common.kv.connectors.pages import copy_blocks, copy_layers, pages_of
+from common.kv.connectors.pages import pages_of
 from common.kv.handoff import HandoffTarget
 from common.kv.layout import KVLayout
 from common.kv.transports import DataPlane, Transport
@@ -113,8 +114,8 @@ class HandoffSender(KVConnector):
     """Pushes the KV of requests whose `transfer` is a HandoffTarget to their decode worker.
 
     loop              shared with other connectors; one of its own when None
-    max_staged_bytes  copies that may wait to be sent; what exceeds it stays in its pages until
-                      there is room
+    max_staged_bytes  copies under way or waiting to be sent; what exceeds it stays in its pages
+                      until there is room
     on_failure        called on the loop with (request id, error) when a transfer breaks
     transport         how frames travel; every transport there is when None
     tracing           where `prefill.transfer` spans go; none are made when None
@@ -362,6 +363,7 @@ class HandoffSender(KVConnector):
                 key=job.keys[last],
                 token_count=min(layout.block_size, target - last * layout.block_size),
                 cached=cached,
+                size=len(blocks) * len(part) * layout.layer_bytes,
                 payload=self._copy(layout, first, page_ids, blocks, part),
             )
             job.frames += 1
@@ -369,16 +371,16 @@ class HandoffSender(KVConnector):
 
     def _copy(
         self, to: KVLayout, first: int, page_ids: list[int], blocks: range, layers: range
-    ) -> memoryview:
+    ) -> "Future[memoryview]":
         """Layers of some of the blocks from `first` on, which begin in the first of the pages."""
         caches = self._need_caches()
         if to == caches.layout:
-            return copy_layers(caches.cache, to, page_ids[blocks.start : blocks.stop], layers)
+            return caches.copies.layers(page_ids[blocks.start : blocks.stop], layers)
         start, count = first + blocks.start, len(blocks)
         pages = pages_of(caches.layout, to, start, count)
         skip = pages_of(caches.layout, to, first, count).start
         ids = page_ids[pages.start - skip : pages.stop - skip]
-        return copy_blocks(caches.cache, caches.layout, ids, to, start, count, layers)
+        return caches.copies.blocks(ids, to, start, count, layers)
 
     def _seal(self, job: _Job) -> None:
         """Tell the delivery once that all was staged."""
@@ -426,18 +428,28 @@ class HandoffSender(KVConnector):
 
     def _put(self, job: _Job, staged: Staged) -> None:
         if not job.delivery.put(staged):
-            self._unreserve(len(staged.payload))
+            self._drop(staged)
+
+    def _drop(self, staged: Staged) -> None:
+        """Give back the room of what is not sent: it is taken until the copy is done."""
+
+        def give_back(_: object) -> None:
+            self._unreserve(staged.size)
+            self._need_caches().wake()
+
+        staged.payload.add_done_callback(give_back)
 
     def _settled(self, job: _Job, staged: Staged) -> None:
-        self._unreserve(len(staged.payload))
+        self._unreserve(staged.size)
         job.layers_sent += staged.num_blocks * staged.range.layer_count
-        job.bytes_sent += len(staged.payload)
+        job.bytes_sent += staged.size
         if not job.all_staged:
             self._need_caches().wake()
 
     async def _run(self, job: _Job) -> None:
         error = await job.delivery.run()
-        self._unreserve(job.delivery.unsent_bytes())
+        for staged in job.delivery.unsettled():
+            self._drop(staged)
         job.ended = True
         blocks = job.layers_sent // self._need_caches().layout.num_layers
         if job.span is not None:

@@ -16,10 +16,11 @@ import grpc
 import structlog
 
 from common.engine.sequence import Phase
-from common.errors import HandoffError, WireError
+from common.errors import BatonError, HandoffError, WireError
 from common.kv.budget import ByteBudget
 from common.kv.connector import KVCaches, KVConnector
-from common.kv.connectors.pages import copy_pages, write_page
+from common.kv.connectors.copies import arrived
+from common.kv.connectors.pages import write_page
 from common.kv.connectors.store_client import StoreClient
 from common.kv.keys import chain_keys
 from common.kv.wire import BlockRange, decode_block, encode_block
@@ -45,7 +46,7 @@ class StoreSettings:
     load_timeout_s    blocks that have not come by then are computed
     save_timeout_s    one batch of saves
     max_loading_bytes blocks received but not yet written to pages
-    max_saving_bytes  copies of blocks that wait to be saved; more are dropped
+    max_saving_bytes  copies of blocks under way or waiting to be saved; more are dropped
     """
 
     lookup_timeout_s: float = 0.25
@@ -99,12 +100,21 @@ class _SavesFailed:
     keys: list[bytes]
 
 
+@dataclass(frozen=True, slots=True)
+class _Save:
+    """A block to be saved: one of the pages of a copy that may not be here yet."""
+
+    key: bytes
+    copy: "Future[list[memoryview]]"
+    page: int
+
+
 @dataclass(slots=True, eq=False)
 class _Saves:
     """Copies on their way to one store. Used on the loop."""
 
     client: StoreClient
-    queue: collections.deque[tuple[bytes, memoryview]] = field(default_factory=collections.deque)
+    queue: collections.deque[_Save] = field(default_factory=collections.deque)
     task: "asyncio.Task[None] | None" = None
 
 
@@ -258,11 +268,11 @@ class StoreConnector(KVConnector):
         self._events["store_saves_dropped"] += len(chosen) - len(kept)
         if not kept:
             return
-        pages = copy_pages(caches.cache, [block for _, (_, block) in kept])
+        copy = caches.copies.pages([block for _, (_, block) in kept])
         self._saving_in += len(kept) * caches.layout.block_bytes
-        for (key, (client, _)), page in zip(kept, pages, strict=True):
+        for page, (key, (client, _)) in enumerate(kept):
             self._remember(key)
-            self._loop.call_soon(self._enqueue, self._saves[client], key, page)
+            self._loop.call_soon(self._enqueue, self._saves[client], _Save(key, copy, page))
 
     def get_finished(self, finished_request_ids: set[str]) -> tuple[set[str], set[str]]:
         given_back = 0
@@ -371,36 +381,36 @@ class StoreConnector(KVConnector):
             await self._budget.take(len(frame))
             self._tell(_Block(load, block.payload, len(frame)))
 
-    def _enqueue(self, saves: _Saves, key: bytes, page: memoryview) -> None:
-        saves.queue.append((key, page))
+    def _enqueue(self, saves: _Saves, save: _Save) -> None:
+        saves.queue.append(save)
         if saves.task is None:
             saves.task = asyncio.get_running_loop().create_task(self._flush(saves))
 
     async def _flush(self, saves: _Saves) -> None:
         """Send what waits for one store, in batches, then end."""
-        layout = self._need_caches().layout
-        whole = BlockRange.whole(layout)
         try:
             while saves.queue:
                 count = min(SAVE_BATCH_FRAMES, len(saves.queue))
                 batch = [saves.queue.popleft() for _ in range(count)]
-                frames = (encode_block(key, whole, layout.block_size, page) for key, page in batch)
                 try:
-                    await self._put(saves.client, [key for key, _ in batch], frames)
+                    await self._put(saves.client, batch)
                 finally:
-                    self._saving_out += count * layout.block_bytes
+                    self._saving_out += count * self._need_caches().layout.block_bytes
         finally:
             saves.task = None
 
-    async def _put(self, client: StoreClient, keys: list[bytes], frames: Any) -> None:
-        held = 0
-        if client.available:
-            try:
+    async def _put(self, client: StoreClient, batch: list[_Save]) -> None:
+        layout, held = self._need_caches().layout, 0
+        whole = BlockRange.whole(layout)
+        try:
+            pages = [(save.key, (await arrived(save.copy))[save.page]) for save in batch]
+            frames = (encode_block(key, whole, layout.block_size, page) for key, page in pages)
+            if client.available:
                 held = await client.put(frames, self._settings.save_timeout_s)
-            except grpc.aio.AioRpcError as error:
-                log.warning("store_save_failed", store=client.address, error=_short(error))
-        if held < len(keys):
-            self._tell(_SavesFailed(keys[held:]))
+        except (grpc.aio.AioRpcError, BatonError) as error:
+            log.warning("store_save_failed", store=client.address, error=_short(error))
+        if held < len(batch):
+            self._tell(_SavesFailed([save.key for save in batch[held:]]))
 
     def _tell(self, event: "_Found | _Block | _LoadEnded | _SavesFailed") -> None:
         self._inbox.append(event)

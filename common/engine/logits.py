@@ -13,6 +13,7 @@ from collections.abc import Sequence as Seq
 import numpy as np
 import torch
 
+from common.engine.device import move
 from common.engine.sequence import Sequence
 
 Row = tuple[int, "LogitState"]
@@ -149,7 +150,7 @@ def ban(logits: torch.Tensor, rows: Seq[tuple[int, Seq[int]]]) -> None:
     """Make each row's tokens impossible."""
     numbers = [row for row, tokens in rows for _ in tokens]
     tokens = [token for _, tokens in rows for token in tokens]
-    both = torch.tensor([numbers, tokens], dtype=torch.int64, device=logits.device)
+    both = move(torch.tensor([numbers, tokens], dtype=torch.int64), logits.device)
     logits[both[0], both[1]] = -torch.inf
 
 
@@ -163,4 +164,4 @@ def _indices(
 
 
 def _tensor(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(values).to(like.device)
+    return move(torch.from_numpy(values), like.device)

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 
 import torch
 
+from common.engine.device import Fetched, move
 from common.engine.sampling_params import MAX_LOGPROBS
 from common.engine.sequence import Sequence, StepPlan, TokenLogprobs
 from common.errors import BatonError
@@ -26,22 +27,32 @@ def unusable_logits(position: int) -> BatonError:
     )
 
 
-def describe(logprobs: torch.Tensor, tokens: Seq[int], top: Seq[int]) -> list[TokenLogprobs | None]:
-    """What is told of one token in each row; None for a row that is not finite.
+def measure(logprobs: torch.Tensor, tokens: torch.Tensor, top: Seq[int]) -> list[torch.Tensor]:
+    """What `describe` tells of one token in each row, where the log-probabilities are.
 
     logprobs  [n, vocab] float32
-    tokens    n token ids
+    tokens    [n] int64, in the vocabulary
     top       n counts in [0, MAX_LOGPROBS]: how many of the likeliest tokens are told too
     """
-    wanted = torch.tensor(tokens, dtype=torch.int64, device=logprobs.device).unsqueeze(1)
-    own = logprobs.gather(1, wanted)
+    own = logprobs.gather(1, tokens.unsqueeze(1))
     ranks = (logprobs > own).sum(dim=-1) + 1
-    values, ids = [[]] * len(tokens), [[]] * len(tokens)
-    if any(top):
-        # Always as many: which of two equal tokens is told is then no matter of the batch.
-        best = logprobs.topk(min(MAX_LOGPROBS, logprobs.shape[-1]), dim=-1)
-        values, ids = best.values.tolist(), best.indices.tolist()
-    rows = zip(tokens, own.squeeze(1).tolist(), ranks.tolist(), ids, values, top, strict=True)
+    if not any(top):
+        return [own.squeeze(1), ranks]
+    # Always as many: which of two equal tokens is told is then no matter of the batch.
+    best = logprobs.topk(min(MAX_LOGPROBS, logprobs.shape[-1]), dim=-1)
+    return [own.squeeze(1), ranks, best.indices, best.values]
+
+
+def describe(
+    measured: Seq[torch.Tensor], tokens: Seq[int], top: Seq[int]
+) -> list[TokenLogprobs | None]:
+    """What is told of one token in each row; None for a row that is not finite.
+
+    measured  of these tokens, in this machine's memory
+    """
+    own, ranks, *best = (tensor.tolist() for tensor in measured)
+    ids, values = best or ([[]] * len(tokens), [[]] * len(tokens))
+    rows = zip(tokens, own, ranks, ids, values, top, strict=True)
     return [
         TokenLogprobs(token, logprob, rank, tuple(row_ids[:count]), tuple(row_values[:count]))
         if logprob == logprob  # not NaN
@@ -63,7 +74,9 @@ def prompt_logprobs(
         return {}
     tokens = [sequence.token_ids[position + 1] for sequence, rows in asked for position in rows]
     top = [sequence.request.params.prompt_logprobs or 0 for sequence, rows in asked for _ in rows]
-    found = iter(describe(log_softmax(logits), tokens, top))
+    logprobs = log_softmax(logits)
+    measured = measure(logprobs, move(torch.tensor(tokens), logprobs.device), top)
+    found = iter(describe(Fetched(measured).wait(), tokens, top))
     told: dict[Sequence, tuple[TokenLogprobs, ...] | Exception] = {}
     for sequence, rows in asked:
         part = [next(found) for _ in rows]

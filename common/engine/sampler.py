@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
+from common.engine.device import Fetched, move
 from common.engine.logits import process
-from common.engine.logprobs import describe, log_softmax, unusable_logits
+from common.engine.logprobs import describe, log_softmax, measure, unusable_logits
 from common.engine.sampling_params import SamplingParams
 from common.engine.sequence import Sampled, Sequence, TokenLogprobs
 from common.errors import BatonError, InvalidRequest
@@ -120,30 +121,27 @@ class Draw:
         self._sequences = sequences
         self._given = given
         self._raw = raw
-        self._copy, self._copied = tokens, None
         # Later the sequences may be longer.
         self._positions = [len(sequence.token_ids) for sequence in sequences]
-        if isinstance(tokens, torch.Tensor) and tokens.is_cuda:
-            self._copy = torch.empty(len(tokens), dtype=tokens.dtype, pin_memory=True)
-            self._copy.copy_(tokens, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+        # All that is told of this step goes out now: asked for later it would be behind the next.
+        chosen = [tokens, given] if isinstance(tokens, torch.Tensor) else []
+        self._fetched = Fetched([*chosen, *raw.measure(tokens)])
 
     @torch.inference_mode()
     def results(self) -> list[Sampled]:
         """One a row, when they are there."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        found = self._copy if isinstance(self._copy, list) else self._copy.tolist()
+        found, given, measured = self.tokens, self._given, self._fetched.wait()
+        if isinstance(found, torch.Tensor):
+            found, given, *measured = measured
+            found, given = found.tolist(), given.tolist()
         tokens = [None if token == NO_TOKEN else token for token in found]
-        told = self._raw.of(tokens)
+        told = self._raw.told(tokens, measured)
         return [
-            Sampled(token, told.get(row)) if token is not None else self._failed(row)
+            Sampled(token, told.get(row)) if token is not None else self._failed(row, given[row])
             for row, token in enumerate(tokens)
         ]
 
-    def _failed(self, row: int) -> Sampled:
-        top = float(self._given[row])
+    def _failed(self, row: int, top: float) -> Sampled:
         return Sampled(None, error=_unusable(self._sequences[row], self._positions[row], top))
 
 
@@ -154,14 +152,26 @@ class _RawLogprobs:
         wanted = [s.request.params.logprobs for s in sequences]
         self._rows = [row for row, count in enumerate(wanted) if count is not None]
         self._top = [count for count in wanted if count is not None]
-        self._logprobs = log_softmax(logits[self._rows]) if self._rows else None
+        if self._rows:
+            self._at = move(torch.tensor(self._rows), logits.device)
+            self._logprobs = log_softmax(logits[self._at])
 
-    def of(self, tokens: Seq[int | None]) -> dict[int, TokenLogprobs | None]:
-        """By row; a row without a token has none that means anything."""
-        if self._logprobs is None:
+    def measure(self, tokens: torch.Tensor | list[int]) -> list[torch.Tensor]:
+        """Of the tokens chosen, where the logits are; a row without a token has none that means
+        anything."""
+        if not self._rows:
+            return []
+        chosen = torch.as_tensor(tokens, device=self._at.device)[self._at].clamp(min=0)
+        return measure(self._logprobs, chosen, self._top)
+
+    def told(
+        self, tokens: Seq[int | None], measured: Seq[torch.Tensor]
+    ) -> dict[int, TokenLogprobs | None]:
+        """By row, of what `measure` gave."""
+        if not self._rows:
             return {}
         chosen = [tokens[row] or 0 for row in self._rows]
-        return dict(zip(self._rows, describe(self._logprobs, chosen, self._top), strict=True))
+        return dict(zip(self._rows, describe(measured, chosen, self._top), strict=True))
 
 
 def _unusable(sequence: Sequence, position: int, top: float) -> BatonError:

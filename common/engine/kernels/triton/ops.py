@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from common.engine.batch import Batch
 from common.engine.cache import KVCache
+from common.engine.device import move
 from common.engine.kernels import Linear
 from common.engine.kernels.reference_linear import StackedLinear
 from common.engine.kernels.triton.activation import silu_mul
@@ -176,13 +177,13 @@ class TritonOps:
         device = batch.token_ids.device
         context_len = batch.device_context_len
         if context_len is None:
-            context_len = copy_to(device, batch.context_len)
-        rest = [start - decoding for start in starts[decoding:]]
+            context_len = move(torch.tensor(batch.context_len, dtype=torch.int32), device)
+        rest = torch.tensor([start - decoding for start in starts[decoding:]], dtype=torch.int32)
         return Step(
             batch=batch,
             context_len=context_len,
             # A step that only decodes may be part of a CUDA graph: nothing is copied for it.
-            query_start=copy_to(device, rest) if len(rest) > 1 else context_len,
+            query_start=move(rest, device) if len(rest) > 1 else context_len,
             decoding=decoding,
             max_context=max(batch.context_len[:decoding], default=0),
             rope=rope,
@@ -274,11 +275,3 @@ def _form(into: Linear) -> dict[str, object]:
     if not isinstance(into, TritonLinear) or into.weight.activation is None:
         return {}
     return {"activation": into.weight.activation, "input_scale": into.weight.input_scale}
-
-
-def copy_to(device: torch.device, values: list[int] | tuple[int, ...]) -> torch.Tensor:
-    """int32 on the device; does not wait for it."""
-    tensor = torch.tensor(values, dtype=torch.int32)
-    if device.type != "cuda":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)

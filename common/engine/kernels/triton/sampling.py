@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from common.engine.device import move
 from common.engine.sampling_params import SamplingParams
 
 CHUNK = 2048  # logits in one program
@@ -54,12 +55,9 @@ class SamplingRows:
         top_k = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
         signed = [seed - 2**64 if seed >= 2**63 else seed for seed in seeds]
         whole = torch.tensor([top_k, signed, list(positions)], dtype=torch.int64)
-        if device.type == "cuda":
-            reals = reals.pin_memory().to(device, non_blocking=True)
-            whole = whole.pin_memory().to(device, non_blocking=True)
         return cls(
-            reals,
-            whole,
+            move(reals, device),
+            move(whole, device),
             random=not all(p.greedy for p in params),
             top_k=any(k < vocab for k in top_k),
             top_p=any(p.top_p < 1 for p in params),

@@ -142,6 +142,28 @@ def test_a_copy_that_fails_ends_its_own_handoff_and_no_other(bus, prefill_of, de
     until(lambda: prefill.sender._staged_bytes == 0)
 
 
+def test_copies_that_cannot_even_be_asked_for_take_no_room(bus, prefill_of, decode):
+    """The device has no memory for what a step's second layer would gather."""
+    prefill = prefill_of()
+    leave = bus.leave
+
+    def full(rows):
+        if bus.left == 1:
+            bus.leave = leave
+            raise RuntimeError("out of memory")
+        return leave(rows)
+
+    bus.leave = full
+    ask(decode, prefill, 1)
+    decode.run("r0")
+    assert decode.computed_tokens == 200
+    until(prefill.worker.idle)
+    until(lambda: prefill.sender._staged_bytes == 0)
+    decode.submit("next", prompt_of(200, seed=9), transfer=PrefillCandidates((prefill.address,)))
+    decode.run("next")
+    assert decode.computed_tokens == 200 + 1
+
+
 def test_an_abort_while_copies_are_under_way_gives_their_room_back_when_they_are_done(
     bus, prefill_of, decode
 ):

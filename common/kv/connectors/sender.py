@@ -66,6 +66,7 @@ class _Job:
     layout      of the blocks that are sent
     next_index  the first block that is not staged, nor being staged in the step under way
     frames      staged so far
+    unstaged    bytes that have room and are not staged yet
     sealed      the delivery was told that there will be no more
     held        the table of pages to copy from when the sequence ended before all was copied
     finished    the engine said that the request ended
@@ -79,6 +80,7 @@ class _Job:
     delivery: Delivery
     next_index: int
     frames: int = 0
+    unstaged: int = 0
     sealed: bool = False
     held: list[int] | None = None
     finished: bool = False
@@ -242,6 +244,9 @@ class HandoffSender(KVConnector):
         num_layers = self._need_caches().layout.num_layers
         while self._ended:
             job = self._ended.popleft()
+            # Where a step broke, or a copy could not even be asked for.
+            self._unreserve(job.unstaged)
+            job.unstaged = 0
             self._drop_if_over(job)
             if job.held is not None:
                 job.held = None
@@ -341,6 +346,7 @@ class HandoffSender(KVConnector):
         first = job.next_index
         count = 0 if job.ended else self._reserve(ready - first, job.layout.block_bytes)
         job.next_index += count
+        job.unstaged += count * job.layout.block_bytes
         return first, count
 
     def _stage_live(self, live: _Live, end: int) -> None:
@@ -367,6 +373,7 @@ class HandoffSender(KVConnector):
                 payload=self._copy(layout, first, page_ids, blocks, part),
             )
             job.frames += 1
+            job.unstaged -= staged.size
             self._loop.call_soon(self._put, job, staged)
 
     def _copy(
@@ -392,8 +399,6 @@ class HandoffSender(KVConnector):
         """A step that broke: what it did not stage is not staged any more."""
         live, self._live = self._live, []
         for blocks in live:
-            layers = blocks.job.layout.num_layers - blocks.next_layer
-            self._unreserve(blocks.count * layers * blocks.job.layout.layer_bytes)
             self._cancel(blocks.job)
 
     def _reserve(self, wanted: int, size: int) -> int:

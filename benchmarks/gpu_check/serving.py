@@ -75,20 +75,30 @@ def invariance(report: Report) -> None:
             answers = [llm.generate(batch, params, use_tqdm=False)[0] for batch in batches]
         finally:
             llm.close()
+        texts.extend(answer.outputs[0].token_ids for answer in answers)
         return [
             torch.tensor([next(iter(step.values())).logprob for step in a.outputs[0].logprobs])
             for a in answers
         ]
 
+    texts: list[list[int]] = []
     alone, again = told(64, prompts[:1], prompts[:1])
     (among,) = told(64, prompts)
     (chunked,) = told(16, prompts)
-    cases = {"after a prefix hit": again, f"among {others} more": among, "in chunks": chunked}
-    for case, actual in cases.items():
+    # As on another worker: what was generated is part of what is computed at once.
+    generated = prompts[0]["prompt_token_ids"] + texts[0][:3]
+    resumed = told(64, [{"prompt_token_ids": generated}])[0][:5]
+    cases = {
+        "after a prefix hit": (again, alone),
+        f"among {others} more": (among, alone),
+        "in chunks": (chunked, alone),
+        "after a resume": (resumed, alone[3:]),
+    }
+    for case, (actual, expected) in cases.items():
         if report.gpu:
-            report.same(f"log-probabilities alone and {case}", actual, alone)
+            report.same(f"log-probabilities alone and {case}", actual, expected)
         else:  # a CPU's float32 products are torch's own
-            report.close(f"log-probabilities alone and {case}", actual, alone, 1e-2)
+            report.close(f"log-probabilities alone and {case}", actual, expected, 1e-2)
 
 
 def decoding(report: Report) -> None:

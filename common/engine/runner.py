@@ -104,7 +104,8 @@ class ModelRunner:
         self.failure: Future[BatonError] = Future()
         self._ranks: Ranks | None = None
         self._place = place
-        self._group = Group(self.shard.rank, self.shard.size, self.device)
+        in_order = config.batch_invariant
+        self._group = Group(self.shard.rank, self.shard.size, self.device, in_order=in_order)
         self._room: Room | None = None
         try:
             if self.shard.size > 1 and place is None:
@@ -140,8 +141,8 @@ class ModelRunner:
         )
         if config.fp8_attention:
             check_fp8_attention(self._ops, model.head_dim, self.layout.scale_elements > 0)
-        if config.batch_invariant and self.device.type == "cpu":
-            check_batch_invariant(model.head_dim)
+        if config.batch_invariant:
+            check_batch_invariant(self.device, dtype, model.head_dim)
         with Checkpoint(config.model) as checkpoint:
             static_scales = read_kv_scales(checkpoint, model)
             if config.rotate_qk:

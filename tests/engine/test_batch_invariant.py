@@ -5,7 +5,7 @@ import torch
 
 from baton.llm import LLM, SamplingParams
 from common.engine.config import EngineConfig
-from common.engine.kernels import select_ops
+from common.engine.kernels import check_batch_invariant, select_ops
 from common.engine.runner import ModelRunner
 from common.errors import ConfigError
 from tests.engine import zoo
@@ -90,3 +90,23 @@ def test_what_cannot_be_batch_invariant_is_refused_at_start():
         select_ops(torch.device("cpu"), "reference", batch_invariant=True)
     with pytest.raises(ConfigError, match="head size"):
         ModelRunner(EngineConfig(zoo.checkpoint("llama", False), batch_invariant=True))
+    gpu = torch.device("cuda")
+    with pytest.raises(ConfigError, match="dtype is float32; set it to bfloat16"):
+        check_batch_invariant(gpu, torch.float32, 128)
+    check_batch_invariant(gpu, torch.bfloat16, 100)
+
+
+def test_sums_over_four_ranks_do_not_depend_on_the_batch(tmp_path):
+    """Cut into parts for the ranks, a sum's order would depend on its place among the rows."""
+    shape = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
+    path = zoo.make_checkpoint("llama", False, tmp_path / "model", hidden_size=384, **shape)
+    settings = {"dtype": "bfloat16", "num_blocks": 60, "max_model_len": 256}
+    runner = make_runner(path, batch_invariant=True, tensor_parallel=4, **settings)
+    try:
+        prompt, free = PROMPT[:70], shuffled_blocks(runner)
+        tables = [[free.pop() for _ in range(5)] for _ in range(3)]
+        whole = prompt_logits(runner, prompt, tables[0], [70])
+        for table, chunks in zip(tables[1:], ([7, 1, 62], [69, 1]), strict=True):
+            assert torch.equal(prompt_logits(runner, prompt, table, chunks), whole)
+    finally:
+        runner.close()

@@ -96,9 +96,17 @@ class Ops(Protocol):
         result, whatever they hold."""
 
 
-def check_batch_invariant(head_dim: int) -> None:
-    """Raises ConfigError for a model whose results would depend on the rest of a step."""
-    from common.engine.kernels.cpu.ops import HEAD_DIM_MULTIPLE
+def check_batch_invariant(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Raises ConfigError for what computes results that would depend on the rest of a step."""
+    if device.type == "cuda" and dtype == torch.float32:
+        raise ConfigError(
+            "batch_invariant needs dtype bfloat16 on a GPU, whose float32 products are a library's "
+            "that chooses another order of sums for another number of tokens, dtype is float32; "
+            "set it to bfloat16, or leave batch_invariant unset"
+        )
+    if device.type != "cpu":
+        return
+    from common.engine.kernels.cpu.ops import HEAD_DIM_MULTIPLE  # Numba, which GPUs do without
 
     if head_dim % HEAD_DIM_MULTIPLE:
         raise ConfigError(

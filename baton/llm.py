@@ -23,15 +23,18 @@ from common.engine.engine import Engine
 from common.engine.sampling_params import SamplingParams, choice_seed
 from common.engine.sequence import EngineRequest
 from common.engine.warm_up import warm_up_request
-from common.errors import CheckpointError, InvalidRequest
+from common.errors import CheckpointError, InvalidRequest, UnusableLogits
 from common.text.detokenizer import IncrementalDecoder
 from common.text.template import ChatTemplate
 from common.text.vocabulary import bad_word_ids
 
 Prompt = str | Mapping[str, Any]
+log = structlog.get_logger("llm")
 
 # Requests in the engine beyond those that run: the next ones are at hand when one ends.
 QUEUED = 16
+# What one request can end by: a failure of the engine ends the call.
+OWN_FAULTS = (UnusableLogits, InvalidRequest)
 # Tokens that the caller's thread is woken for at a time: it takes a core from the step under way.
 GATHERED = 64
 
@@ -202,8 +205,11 @@ class LLM:
         sampling_params  one for all, or one for each
         use_tqdm         show a progress bar on stderr
 
-        Raises InvalidRequest before anything runs when one of them cannot be served, and for one
-        whose parameters turn out to leave no token to generate.
+        An answer whose logits are no numbers, or whose parameters turn out to leave no token to
+        generate, ends there with an `error`; the others do not notice.
+
+        Raises InvalidRequest before anything runs when one of them cannot be served, and another
+        BatonError when the engine can run no more.
         """
         several = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
         params = self._params_for(several, sampling_params)
@@ -328,7 +334,7 @@ class LLM:
                     if run is None:
                         continue
                     self._take(run, output)
-                    if run.completion.token_ids:
+                    if run.completion.token_ids or output.finish_reason is not None:
                         waiting.extendleft((run.asked, other) for other in reversed(run.others))
                         run.others = []
                     if output.finish_reason is not None:
@@ -363,7 +369,7 @@ class LLM:
         return EngineRequest(request_id, asked.output.prompt_token_ids, params)
 
     def _take(self, run: _Running, output: engine_sequence.RequestOutput) -> None:
-        if output.error is not None:
+        if output.error is not None and not isinstance(output.error, OWN_FAULTS):
             raise output.error
         result = run.asked.output
         if run.completion.index == 0:
@@ -372,6 +378,11 @@ class LLM:
             told = output.prompt_logprobs
             result.prompt_logprobs += [logprob_dict(t, self.tokenizer) for t in told]
         if run.closed:
+            return
+        if output.error is not None:
+            _close_text(run)
+            run.completion.finish_reason, run.completion.error = "error", output.error
+            log.warning("answer_failed", request=output.request_id, error=str(output.error))
             return
         stop_token = output.token_ids[-1] if output.finish_reason == "stop" else None
         self._take_tokens(run, output, stop_token)

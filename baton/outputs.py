@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer
 
 from common.engine.sequence import TokenLogprobs
+from common.errors import BatonError
 from common.text.vocabulary import token_text
 
 
@@ -22,9 +23,10 @@ class Logprob:
 @dataclass(slots=True)
 class CompletionOutput:
     """One answer. `stop_reason` is the stop string or the token of stop_token_ids that ended it,
-    None for the model's own end-of-sequence token; `finish_reason` is stop or length. `logprobs`
-    has an entry for each of token_ids: the token itself and the likeliest ones; None unless asked
-    for, as `cumulative_logprob`, the sum over token_ids."""
+    None for the model's own end-of-sequence token; `finish_reason` is stop, length or, where
+    `error` says why nothing follows, error. `logprobs` has an entry for each of token_ids: the
+    token itself and the likeliest ones; None unless asked for, as `cumulative_logprob`, the sum
+    over token_ids."""
 
     index: int
     text: str
@@ -33,6 +35,7 @@ class CompletionOutput:
     stop_reason: str | int | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
+    error: BatonError | None = None
 
 
 @dataclass(slots=True)

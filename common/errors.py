@@ -58,6 +58,10 @@ class ConfigError(BatonError):
     """A setting that cannot work: the message names it, its value and the remedy."""
 
 
+class UnusableLogits(BatonError):
+    """The model gave a request logits that are no numbers: its weights' fault, or its input's."""
+
+
 class HandoffError(BatonError):
     """KV that did not arrive whole, in time or from the right sender."""
 

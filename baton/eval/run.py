@@ -140,7 +140,11 @@ def engine_answerer(model: Path, dtype: str, **settings: Any) -> Answerer:
     def answer(questions: Sequence[Question]) -> list[str]:
         prompts = [{"prompt_token_ids": encode(question)} for question in questions]
         params = SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS)
-        return [output.outputs[0].text for output in llm.generate(prompts, params, use_tqdm=False)]
+        answers = [result.outputs[0] for result in llm.generate(prompts, params, use_tqdm=False)]
+        for one in answers:
+            if one.error is not None:
+                raise one.error
+        return [one.text for one in answers]
 
     return answer
 

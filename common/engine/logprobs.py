@@ -10,7 +10,7 @@ import torch
 from common.engine.device import Fetched, move
 from common.engine.sampling_params import MAX_LOGPROBS
 from common.engine.sequence import Sequence, StepPlan, TokenLogprobs
-from common.errors import BatonError
+from common.errors import UnusableLogits
 
 
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:
@@ -19,9 +19,9 @@ def log_softmax(logits: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
 
 
-def unusable_logits(position: int) -> BatonError:
-    """The model's fault, or its input's."""
-    return BatonError(
+def unusable_logits(position: int) -> UnusableLogits:
+    """What a request is told that ends at this position."""
+    return UnusableLogits(
         f"the model gave no usable logits (NaN or infinite) at position {position}; its weights "
         "or this input overflow the compute dtype"
     )

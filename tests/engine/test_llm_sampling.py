@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from baton import LLM, SamplingParams
 from common.engine.prompt_rows import MAX_PROMPT_ROWS
 from common.engine.sequence import EngineRequest
-from common.errors import BatonError, InvalidRequest
+from common.errors import BatonError, InvalidRequest, UnusableLogits
 from tests.engine.rows import processed
 from tests.engine.test_engine import Listener
 from tests.engine.zoo import VOCAB, checkpoint, expected_logits, make_checkpoint, random_prompt
@@ -219,6 +219,21 @@ def poisoned(tmp_path_factory):
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     with LLM(path, threads=1, max_model_len=100) as loaded:
         yield loaded
+
+
+def test_an_answer_that_fails_costs_a_call_no_other(poisoned):
+    good = [random_prompt(12, seed=seed) for seed in (1, 2)]
+    params = SamplingParams(temperature=1, seed=1, n=2, max_tokens=8, logit_bias={50: -100.0})
+    wanted = tokens(generate(poisoned, good, params))
+    # Of two answers the second waits for the first one's token, which never comes.
+    banning = SamplingParams(bad_words=[[token] for token in range(VOCAB)])
+    prompts, asked = [good[0], [7, 50], good[0], good[1]], [params, params, banning, params]
+    first, nan, banned, last = generate(poisoned, prompts, asked)
+    assert tokens([first, last]) == wanted
+    assert all(answer.error is None for answer in (*first.outputs, *last.outputs))
+    assert [answer.finish_reason for answer in (*nan.outputs, *banned.outputs)] == ["error"] * 3
+    assert all(isinstance(answer.error, UnusableLogits) for answer in nan.outputs)
+    assert isinstance(banned.outputs[0].error, InvalidRequest)
 
 
 @pytest.mark.parametrize("more", [{}, {"logprobs": 1, "prompt_logprobs": 1}, PENALTIES], ids=str)

@@ -33,7 +33,7 @@ def throughput(argv: Sequence[str]) -> int:
         _generate(llm, args, _prompts(llm, args, 1, seed=-1), output_len=2)
         prompts = _prompts(llm, args, args.num_prompts, seed=args.seed)
         seconds = _generate(llm, args, prompts, args.output_len, use_tqdm=True)
-    output = args.num_prompts * args.output_len
+    output = args.num_prompts * args.n * args.output_len
     total = output + args.num_prompts * args.input_len
     print(
         f"Throughput: {args.num_prompts / seconds:.2f} requests/s, {total / seconds:.2f} total "
@@ -65,7 +65,8 @@ def latency(argv: Sequence[str]) -> int:
     parser.add_argument("--num-iters-warmup", type=int, default=2)
     parser.add_argument("--num-iters", type=_positive, default=10)
     args = parser.parse_args(argv)
-    with _load(args, args.batch_size) as llm:
+    answers = args.batch_size * args.n
+    with _load(args, answers) as llm:
         prompts = _prompts(llm, args, args.batch_size, seed=args.seed)
         for _ in range(args.num_iters_warmup):
             _generate(llm, args, prompts, args.output_len)
@@ -73,7 +74,7 @@ def latency(argv: Sequence[str]) -> int:
         firsts = [_generate(llm, args, prompts, output_len=1) for _ in runs]
         seconds = [_generate(llm, args, prompts, args.output_len) for _ in runs]
         weights = weight_bytes(llm.config, llm.engine.runner.model_config)
-    found = latency_figures(seconds, firsts, args.batch_size, args.output_len, weights)
+    found = latency_figures(seconds, firsts, answers, args.output_len, weights)
     _print_latency(found)
     _save(args.output_json, found)
     return 0
@@ -82,7 +83,7 @@ def latency(argv: Sequence[str]) -> int:
 def latency_figures(
     seconds: Sequence[float],
     firsts: Sequence[float],
-    batch_size: int,
+    answers: int,
     output_len: int,
     weights: int,
 ) -> dict[str, Any]:
@@ -90,6 +91,7 @@ def latency_figures(
 
     seconds  of each batch
     firsts   seconds of batches of one output token
+    answers  of a batch
     weights  bytes of weights that a step reads
     """
     ordered = sorted(seconds)
@@ -106,7 +108,7 @@ def latency_figures(
     decoding = statistics.median(seconds) - statistics.median(firsts)
     if output_len > 1 and decoding > 0:
         steps_per_s = (output_len - 1) / decoding
-        found["output_tokens_per_second"] = batch_size * steps_per_s
+        found["output_tokens_per_second"] = answers * steps_per_s
         found["weight_bytes_per_second"] = weights * steps_per_s
     return found
 
@@ -143,6 +145,7 @@ def _parser(name: str, *, input_len: int, output_len: int) -> argparse.ArgumentP
     add("--model", metavar="PATH", help="model folder; the bundled one unless given")
     add("--input-len", type=_positive, default=input_len, help="tokens of a prompt")
     add("--output-len", type=_positive, default=output_len, help="tokens of an answer")
+    add("--n", type=_positive, default=1, help="answers to a prompt")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--seed", type=int, default=0, help="of prompts and sampling")
     add("--dtype", default="auto", help="auto, float32 or bfloat16")
@@ -150,8 +153,15 @@ def _parser(name: str, *, input_len: int, output_len: int) -> argparse.ArgumentP
     add("--kv-cache-dtype", default="auto", help="auto, float32, bf16 or fp8_e4m3")
     add("--max-num-batched-tokens", type=_positive, default=512, help="tokens in a step")
     add("--kv-cache-bytes", type=_positive, default=512 * 2**20, help="memory of the KV cache")
-    add("--enable-prefix-caching", action="store_true", help="reuse the KV of equal prompts")
-    add("--tensor-parallel-size", type=_positive, default=1, help="processes")
+    add("--block-size", type=_positive, default=16, help="tokens in a KV block")
+    add("--max-model-len", type=_positive, help="most tokens of a sequence")
+    add(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="reuse the KV of equal prompts",
+    )
+    add("--tensor-parallel-size", "-tp", type=_positive, default=1, help="processes")
     add("--device", default="cpu", help="torch device")
     add("--kernels", default="auto", help="backend of the operations")
     add("--threads", type=_positive, help="torch threads")
@@ -168,6 +178,8 @@ def _load(args: argparse.Namespace, max_num_seqs: int) -> LLM:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max(args.max_num_batched_tokens, max_num_seqs),
         kv_cache_bytes=args.kv_cache_bytes,
+        block_size=args.block_size,
+        max_model_len=args.max_model_len,
         enable_prefix_caching=args.enable_prefix_caching,
         tensor_parallel_size=args.tensor_parallel_size,
         device=args.device,
@@ -195,11 +207,19 @@ def _generate(
 ) -> float:
     """Seconds that it took."""
     params = SamplingParams(
-        temperature=args.temperature, seed=args.seed, max_tokens=output_len, ignore_eos=True
+        temperature=args.temperature,
+        seed=args.seed,
+        max_tokens=output_len,
+        ignore_eos=True,
+        n=args.n,
     )
     began = time.perf_counter()
-    llm.generate(prompts, params, use_tqdm=use_tqdm)
-    return time.perf_counter() - began
+    results = llm.generate(prompts, params, use_tqdm=use_tqdm)
+    seconds = time.perf_counter() - began
+    for answer in (answer for result in results for answer in result.outputs):
+        if answer.error is not None:  # fewer tokens than are counted
+            raise answer.error
+    return seconds
 
 
 def _save(path: Path | None, found: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="send each prompt as a user's message")
     add("--dtype", default="auto", help="offline: auto, float32 or bfloat16")
     add("--quantization", help="offline: fp8 or fp8-block, quantize on load")
+    add("--kv-cache-dtype", default="auto", help="offline: auto, float32, bf16 or fp8_e4m3")
     add("--max-model-len", type=int, help="offline: most tokens of a sequence")
     add("--device", default="cpu", help="offline: torch device")
     add("--json", action="store_true", help="one JSON object a line")
@@ -57,7 +58,14 @@ def _offline(args: argparse.Namespace, prompts: list[str]) -> int:
     # As the endpoint does: a completion is 16 tokens unless asked, a chat answer ends by itself.
     fields = ({"max_tokens": None} if args.chat else {}) | sampling_fields(args)
     params = SamplingParams(**fields)
-    with LLM(folder, dtype=args.dtype, max_model_len=args.max_model_len, device=args.device) as llm:
+    with LLM(
+        folder,
+        dtype=args.dtype,
+        quantization=args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype,
+        max_model_len=args.max_model_len,
+        device=args.device,
+    ) as llm:
         began = time.monotonic()
         bar = len(prompts) > 1 and sys.stderr.isatty()
         if args.chat:
@@ -71,7 +79,7 @@ def _offline(args: argparse.Namespace, prompts: list[str]) -> int:
     tokens = sum(len(r.outputs[0].token_ids) for r in results)
     rate = tokens / seconds if seconds else 0.0
     print(f"({tokens} tokens in {seconds:.2f} s, {rate:.1f} tokens/s)", file=sys.stderr)
-    return 0
+    return int(any(result.outputs[0].error is not None for result in results))  # warned of already
 
 
 def _online(args: argparse.Namespace, prompts: list[str]) -> int:

@@ -23,6 +23,15 @@ def test_throughput_counts_all_tokens_and_writes_json(tmp_path, capsys):
     assert found["tokens_per_second"] * found["elapsed_time"] == pytest.approx(7 * 14)
 
 
+def test_flags_of_vllm_bench_are_taken_and_every_answer_counts(tmp_path):
+    file = tmp_path / "figures.json"
+    flags = ["--input-len=9", "--output-len=5", "--num-prompts=3", "--n=2", "--block-size=8"]
+    flags += ["--max-model-len=32", "--no-enable-prefix-caching", "-tp=1", "--output-json"]
+    assert main(["throughput", f"--model={MODEL}", *flags, str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert found["total_num_tokens"] == 3 * (9 + 2 * 5)
+
+
 def test_latency_times_every_batch_and_writes_json(tmp_path, capsys):
     file = tmp_path / "figures.json"
     flags = ["--batch-size=2", "--output-len=6", "--num-iters=3", "--num-iters-warmup=1"]

@@ -50,6 +50,13 @@ def test_generate_does_not_say_a_bad_word():
     assert "4821" not in done.stdout
 
 
+@pytest.mark.parametrize("flag", ["--quantization", "--kv-cache-dtype"])
+def test_how_the_model_is_quantized_is_no_idle_flag(flag):
+    refused = baton("generate", f"{flag}=int3", "hello")
+    assert refused.returncode == 1
+    assert "'int3'; set it to one of" in refused.stderr
+
+
 def test_generate_without_a_prompt_is_refused():
     refused = baton("generate", input="")
     assert refused.returncode == 1

@@ -319,8 +319,10 @@ class Generation:
     def _take(self, choice: Choice, event: worker_pb2.TokenDelta) -> Delta:
         if choice.cached_tokens is None and event.HasField("cached_tokens"):
             choice.cached_tokens = event.cached_tokens
-        ids = list(event.token_ids)
+        ids = [] if self.request.prompt_alone else list(event.token_ids)
         reason = _REASONS.get(event.finish_reason)
+        if self.request.prompt_alone and reason is not None:
+            reason = "length"  # whatever the token was
         # A token that ends the sequence is counted, but it is no text.
         ending = ids[-1:] if reason == "stop" and ids and ids[-1] in self._stop_ids else []
         before = len(choice.tokens)

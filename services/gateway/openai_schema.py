@@ -149,9 +149,18 @@ class CompletionBody(_Body):
     prompt: Any = None
     echo: bool | None = None
     logprobs: int | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
 
     def to_request(self) -> GenerateRequest:
-        sampling = self.sampling(COMPLETION_MAX_TOKENS, self.logprobs)
+        # A prompt alone is scored in a step that gives a token too, which nobody is told of.
+        prompt_alone = self.max_tokens == 0
+        if prompt_alone and not self.echo:
+            raise InvalidRequest(
+                "max_tokens is 0, which leaves an empty answer; ask for at least 1, or set echo to "
+                "have the prompt back, with logprobs those of its tokens",
+                field="max_tokens",
+            )
+        sampling = self.sampling(1 if prompt_alone else COMPLETION_MAX_TOKENS, self.logprobs)
         if self.echo and self.logprobs is not None:
             wanted = max(self.logprobs, self.prompt_logprobs or 0)
             sampling = replace(sampling, prompt_logprobs=wanted)
@@ -161,6 +170,7 @@ class CompletionBody(_Body):
             prompts=_parse_prompts(self.prompt),
             n=self.n or 1,
             echo=bool(self.echo),
+            prompt_alone=prompt_alone,
         )
 
 

@@ -22,8 +22,9 @@ Prompt = str | tuple[int, ...]
 class GenerateRequest:
     """A chat (`messages`) or a completion (`prompts`), checked for all that needs no model.
 
-    n     choices for each prompt; choice i of a prompt is sampled with seed + i
-    echo  the prompt's text comes before the completion's
+    n             choices for each prompt; choice i of a prompt is sampled with seed + i
+    echo          the prompt's text comes before the completion's
+    prompt_alone  the completion is empty: its one token is left out
     """
 
     model: str
@@ -32,6 +33,7 @@ class GenerateRequest:
     prompts: tuple[Prompt, ...] = ()
     n: int = 1
     echo: bool = False
+    prompt_alone: bool = False
 
     def __post_init__(self) -> None:
         if not self.model:

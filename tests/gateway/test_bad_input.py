@@ -104,6 +104,8 @@ BAD_COMPLETIONS = [
     ({"logprobs": True}, "logprobs"),
     ({"logprobs": -1}, "logprobs"),
     ({"echo": "yes"}, "echo"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": -1, "echo": True}, "max_tokens"),
 ]
 
 

@@ -186,6 +186,34 @@ def test_echo_with_logprobs_tells_of_the_prompt_too(client, fake, tokenizer, str
     assert not any(s.prefill_candidates for s in fake.submits[:1])
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("last", [LENGTH, STOP])
+def test_a_prompt_is_scored_without_an_answer(client, fake, tokenizer, stream, last):
+    prompt = ids_of(tokenizer, "héllo")
+    fake.behaviour = say_with_logprobs([END], finish=last)
+    fields = {"prompt": "héllo", "echo": True, "logprobs": 2, "max_tokens": 0, "n": 2}
+    more = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    body = completion(**fields, **more, return_token_ids=True)
+    if stream:
+        with client.stream("POST", COMPLETIONS, json=body) as response:
+            events = [json.loads(event) for event in sse_events(response)[:-1]]
+        chunks = [event["choices"][0] for event in events[:-1]]
+        usage = events[-1]["usage"]
+    else:
+        answer = client.post(COMPLETIONS, json=body).raise_for_status().json()
+        chunks, usage = answer["choices"], answer["usage"]
+    for index in range(2):
+        own = [chunk for chunk in chunks if chunk["index"] == index]
+        assert "".join(chunk["text"] for chunk in own) == "héllo"
+        assert own[-1]["finish_reason"] == "length"
+        assert own[-1]["token_ids"] == []
+        parts = [chunk["logprobs"] for chunk in own if chunk["logprobs"]]
+        found = [entry for part in parts for entry in part["token_logprobs"]]
+        assert found == [None, *map(logprob_of, prompt[1:])]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (len(prompt), 0)
+    assert [submit.sampling.max_tokens for submit in fake.submits] == [1, 1]
+
+
 def test_prompt_logprobs_are_vllms(client, fake, tokenizer):
     ids = ids_of(tokenizer, "hello world")
     fake.behaviour = say_with_logprobs([END])

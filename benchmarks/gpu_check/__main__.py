@@ -46,7 +46,7 @@ SECTIONS = {
             "kernels:attention",
             "kernels:attention_e4m3_kv",
             "kernels:fp8_attention",
-            "kernels:sampling,invariance",
+            "kernels:sampling,invariance,pages",
             "serving:invariance",
             "serving:decoding",
         ),

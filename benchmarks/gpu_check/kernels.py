@@ -1,11 +1,15 @@
 """Every kernel against its reference, on the device, in bf16 and FP8."""
 
 import math
+from concurrent.futures import Future
 
+import numpy as np
 import torch
 
+from baton.conformance.late import LateBus
 from benchmarks.gpu_check.paging import Paged
 from benchmarks.gpu_check.report import Report
+from common.engine.device_pages import CudaBus, DevicePages
 from common.engine.kernels.reference import quantize_fp8
 from common.engine.kernels.triton.activation import silu_mul
 from common.engine.kernels.triton.gemm import Workspace, matmul
@@ -19,6 +23,9 @@ from common.engine.sampler import Sampler
 from common.engine.sampling_params import SamplingParams
 from common.engine.sequence import EngineRequest, Sequence
 from common.engine.weight import Weight
+from common.kv.connectors.copies import HostCopies
+from common.kv.connectors.pages import copy_layers
+from common.kv.layout import KVLayout
 
 EPS = 1e-5
 # Of a result rounded once to the compute dtype, and of sums of rounded products.
@@ -230,3 +237,41 @@ def invariance(report: Report) -> None:
     paged = Paged(report, 4, 2, 64, "fp8_e4m3", [None], batch_invariant=True)
     if report.gpu:  # numpy's products, which the interpreter takes, are not the same in any row
         report.same("attention of a prompt and of its last token", *paged.cut_and_whole())
+
+
+def pages(report: Report) -> None:
+    """Pages written and copied while the device is busy, as connectors do it between steps: nobody
+    waits, and each copy is of its own moment."""
+    layout = KVLayout(4, 2, 64, 16, "fp8_e4m3")
+    count, rounds = (4, 2) if report.tiny else (600, 5)  # more bytes than a piece of pinned memory
+    data = torch.zeros(count, layout.block_bytes, dtype=torch.uint8, device=report.device)
+    there = DevicePages(data, layout, CudaBus(report.device) if report.gpu else LateBus())
+    copies, ids = HostCopies(there, layout), list(range(count))
+    rng, some = np.random.default_rng(0), range(1, 3)
+    written = [rng.integers(0, 256, data.shape, dtype=np.uint8) for _ in range(rounds)]
+    square = report.random(8192, 8192) if report.gpu else None
+
+    def ask() -> list[tuple[Future[list[memoryview]], Future[memoryview]]]:
+        asked = []
+        for rows in written:
+            there.write(ids, rows)
+            asked.append((copies.pages(ids), copies.layers(ids[::-1], some)))
+        return asked
+
+    done = [(whole.result(60), part.result(60)) for whole, part in ask()]  # takes all memory
+    if square is not None:
+        for _ in range(64):  # a tenth of a second at least
+            torch.mm(square, square)
+    asked = ask()
+    if square is not None:
+        stream = torch.cuda.current_stream(report.device)
+        report.check("nobody waited to write or to copy pages", not stream.query())
+    later = [(whole.result(60), part.result(60)) for whole, part in asked]
+    for when, found in (("idle", done), ("busy", later)):
+        right = all(
+            np.array_equal(np.stack(whole), rows)
+            and part == copy_layers(torch.from_numpy(rows), layout, ids[::-1], some)
+            for (whole, part), rows in zip(found, written, strict=True)
+        )
+        report.check(f"{rounds} times {count} pages, the device {when}", right)
+    copies.close()

@@ -53,15 +53,18 @@ class WeightReader:
         bias: bool = False,
         rows: Sequence[range] = (),
         columns: range | None = None,
+        gated: bool = False,
     ) -> Linear:
         """One Linear of these modules' matrices, stacked along their rows. rows and columns as in
-        `tensor`; a bias has rows only. Raises ConfigError where they cut through a block scale."""
+        `tensor`; a bias has rows only; gated: as Ops.gate_up. Raises ConfigError where they cut
+        through a block scale."""
         wanted = rows or [None] * len(modules)
         weights = [self.weight(m, r, columns) for m, r in zip(modules, wanted, strict=True)]
         whole = fuse(weights)
         added = self.tensor(*(f"{m}.bias" for m in modules), rows=rows) if bias else None
         if whole is not None:
-            return self.ops.linear(whole.to(self.device), added)
+            make = self.ops.gate_up if gated else self.ops.linear
+            return make(whole.to(self.device), added)
         counts = [len(weight.values) for weight in weights]
         biases = [None] * len(counts) if added is None else list(added.split(counts))
         parts = zip(weights, biases, strict=True)

@@ -11,6 +11,7 @@ CPU = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c
 PARTS = (
     "tests/kernels/test_cpu_linear.py::test_the_bits_of_a_compiled_row_depend_on_that_row_alone",
     "tests/kernels/test_cpu_linear.py::test_every_candidate_multiplies_as_float64",
+    "tests/kernels/test_cpu_linear.py::test_a_gated_product_is_bitwise_the_product_and_silu_mul_of_it",
     "tests/kernels/test_cpu_fp8.py::test_every_weight_byte_is_multiplied_as_its_value",
     "tests/kernels/test_cpu_attention.py::test_any_head_size[bf16-96]",
     "tests/kernels/test_cpu_attention.py::test_a_window_hides_what_is_older[17]",

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from common.engine.kernels.cpu import linear, matmul, memory, tiles
+from common.engine.kernels.cpu import ops as cpu_ops
 from common.engine.kernels.cpu.ops import CpuOps
 from common.engine.weight import Weight
 from tests.support.mesh import ROOT
@@ -72,6 +73,30 @@ def test_a_compiled_product_writes_no_further_than_its_result(dtype, columns, mo
     monkeypatch.setattr(matmul, "empty", lambda *_: guarded[: 9 * columns].view(9, columns))
     assert torch.equal(linear(x.to(dtype)), want)
     assert (guarded[9 * columns :] == 7).all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("half", [16, 80, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gated_product_is_bitwise_the_product_and_silu_mul_of_it(dtype, half, bias):
+    weight, x = torch.randn(2 * half, 96).to(dtype), torch.randn(200, 96).to(dtype)
+    added = torch.randn(2 * half).to(dtype) if bias else None
+    product, ops = matmul.CompiledLinear(weight, added), CpuOps()
+    gated = matmul.GatedLinear(weight, added)
+    for count in (0, 1, 2, 5, 13, 200):
+        got = ops.silu_mul(gated(x[:count]), None)
+        assert torch.equal(got, ops.silu_mul(product(x[:count]), None))
+
+
+def test_a_gate_and_up_are_one_product_where_they_fit(monkeypatch):
+    monkeypatch.setattr(cpu_ops, "best", lambda *_: matmul.CompiledLinear)
+    for half, kind in ((48, matmul.GatedLinear), (40, matmul.CompiledLinear)):
+        weight, x = torch.randn(2 * half, 96), torch.randn(7, 96)
+        linear = CpuOps().gate_up(Weight(weight), None)
+        assert type(linear) is kind
+        gate, up = (x.double() @ weight.double().T).chunk(2, -1)
+        got = CpuOps().silu_mul(linear(x), None)
+        torch.testing.assert_close(got.double(), gate.sigmoid() * gate * up, atol=1e-3, rtol=1e-4)
 
 
 def test_a_nan_in_a_row_stays_in_that_row():

@@ -36,6 +36,10 @@ class Ops(Protocol):
         """Once at load: packs a matrix for this machine. The Linear multiplies by it, accumulates
         in float32 and adds the bias [out]."""
 
+    def gate_up(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
+        """The same for rows of a gate and, after them, as many `up`. Nothing but `silu_mul` may
+        read its results, which need not be tensors."""
+
     def stacked(self, parts: list[Linear]) -> Linear:
         """Once at load: Linears of one input as one, their outputs after each other; for matrices
         that no single Linear can hold (`weight.fuse`)."""
@@ -69,8 +73,9 @@ class Ops(Protocol):
         """x and delta [n, d] -> their sum (x itself without a delta), and its RMSNorm for `into`.
         May overwrite x."""
 
-    def silu_mul(self, gate_up: torch.Tensor, into: Linear) -> Any:
-        """gate_up [n, 2 * d], gate first -> silu(gate) * up [n, d] for `into`."""
+    def silu_mul(self, gate_up: Any, into: Linear) -> Any:
+        """gate_up [n, 2 * d], gate first, or a result of `gate_up` -> silu(gate) * up [n, d] for
+        `into`."""
 
     def write_kv(
         self,

@@ -80,6 +80,9 @@ class ReferenceOps:
             return ScaledLinear(weight, bias)
         return partial(F.linear, weight=weight.values, bias=bias)
 
+    def gate_up(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
+        return self.linear(weight, bias)
+
     def stacked(self, parts: list[Linear]) -> Linear:
         return StackedLinear(parts)
 

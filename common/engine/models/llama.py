@@ -143,7 +143,7 @@ def _layer(config: ModelConfig, shard: Shard, weights: WeightReader, index: int)
         ),
         mlp_norm=weights.tensor(f"{prefix}post_attention_layernorm.weight"),
         gate_up=weights.linear(
-            f"{mlp}gate_proj", f"{mlp}up_proj", bias=config.mlp_bias, rows=mlp_rows
+            f"{mlp}gate_proj", f"{mlp}up_proj", bias=config.mlp_bias, rows=mlp_rows, gated=True
         ),
         down=weights.linear(f"{mlp}down_proj", bias=config.mlp_bias and first, columns=shard.mlp),
     )

@@ -128,7 +128,6 @@ def silu_mul_kernel(io: int) -> Kernel:
         next_item = simd.address_of(address)
         groups = (a.width + a.columns - 1) // a.columns
         bytes_ = a.width * element
-        one = simd.splat(np.float32(1.0))
         while True:
             row = simd.fetch_add(next_item, 1)
             if row >= a.num_items:
@@ -136,9 +135,7 @@ def silu_mul_kernel(io: int) -> Kernel:
             for i in range(0, bytes_, 16 * element):
                 gate = simd.load(io, a.gate_up + 2 * row * bytes_ + i)
                 up = simd.load(io, a.gate_up + (2 * row + 1) * bytes_ + i)
-                below = simd.exp(simd.mul(gate, simd.splat(np.float32(-1.0))))
-                x = simd.div(gate, simd.add(one, below))
-                simd.store(io, a.out + row * bytes_ + i, simd.mul(x, up))
+                simd.store(io, a.out + row * bytes_ + i, simd.silu_mul(gate, up))
             if a.scales != 0:
                 out, scales = a.out + row * bytes_, a.scales + 4 * row * groups
                 quantize_row(io, out, out, scales, a.static, a.width, a.columns)

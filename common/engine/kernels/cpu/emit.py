@@ -12,6 +12,8 @@ LANES = 16
 F32, I32, I16, I8 = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(8)
 F32V, I32V = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 I16V, I8V = ir.VectorType(I16, LANES), ir.VectorType(I8, LANES)
+# exp is 0 below, where float32 would be subnormal, and stays finite up to the other end.
+EXP_LOW, EXP_HIGH = -87.0, 88.0
 
 
 class Vector(types.Type):
@@ -100,6 +102,41 @@ def bfloat16_bits(builder: ir.IRBuilder, value: Any) -> Any:
     nan = builder.fcmp_unordered("uno", value, value)
     kept = builder.select(nan, builder.or_(bits, lanes(I32, 0x400000)), rounded)
     return builder.lshr(kept, lanes(I32, 16))
+
+
+def round_bfloat16(builder: ir.IRBuilder, value: Any) -> Any:
+    return builder.bitcast(builder.shl(bfloat16_bits(builder, value), lanes(I32, 16)), F32V)
+
+
+def exp(builder: ir.IRBuilder, x: Any) -> Any:
+    """e**x to 2 units in the last place, 0 below EXP_LOW, e**EXP_HIGH above; NaN stays NaN.
+
+    x = n * log(2) + r with |r| <= log(2) / 2, log(2) in two parts (Cody & Waite 1980), a
+    polynomial for e**r, and n added to the exponent.
+    """
+    high = builder.fcmp_ordered(">", x, lanes(F32, EXP_HIGH))
+    x = builder.select(high, lanes(F32, EXP_HIGH), x)
+    low = builder.fcmp_ordered("<", x, lanes(F32, EXP_LOW))
+    x = builder.select(low, lanes(F32, EXP_LOW), x)
+    # Adding 1.5 * 2**23 rounds to a whole number, which is then found in the low bits.
+    magic = lanes(F32, 1.5 * 2.0**23)
+    shifted = fma(builder, x, lanes(F32, 1.4426950408889634), magic)
+    n = builder.fsub(shifted, magic)
+    r = fma(builder, n, lanes(F32, -0.693145751953125), x)
+    r = fma(builder, n, lanes(F32, -1.428606765330187e-06), r)
+    p = lanes(F32, 1 / 720)
+    for factor in (1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
+        p = fma(builder, p, r, lanes(F32, factor))
+    exponent = builder.shl(builder.bitcast(shifted, I32V), lanes(I32, 23))
+    power = builder.add(exponent, lanes(I32, 127 << 23))
+    out = builder.fmul(p, builder.bitcast(power, F32V))
+    return builder.select(low, lanes(F32, 0.0), out)
+
+
+def silu_mul(builder: ir.IRBuilder, gate: Any, up: Any) -> Any:
+    """gate / (1 + e**-gate) * up."""
+    below = exp(builder, builder.fmul(gate, lanes(F32, -1.0)))
+    return builder.fmul(builder.fdiv(gate, builder.fadd(lanes(F32, 1.0), below)), up)
 
 
 def places_of(lanes: Iterable[int]) -> ir.Constant:

@@ -9,6 +9,7 @@ along the row in one order, whatever the tile: a row's bits depend on that row a
 """
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -33,7 +34,7 @@ class MatmulArguments(ctypes.Structure):
     x           [rows, width], rows x_stride bytes apart
     weights     [panels, width * 32], as `pack` has them
     bias        [panels * 32] float32
-    out         [rows, columns], contiguous
+    out         [rows, columns], contiguous; a panel's are 16 where the matrix is gated, else 32
     threads     that share the items
     """
 
@@ -41,7 +42,7 @@ class MatmulArguments(ctypes.Structure):
 
 
 @simd.part
-def multiply_rows(io, native, size, a, panel, first, last, ahead, lines, end):
+def multiply_rows(io, native, gated, size, a, panel, first, last, ahead, lines, end):
     """The rows [first, last), `size` at once; the last tile begins earlier rather than ending
     later. With every 4 steps the caches fetch `lines` more lines, from `ahead` to `end`; the first
     that is left."""
@@ -62,10 +63,15 @@ def multiply_rows(io, native, size, a, panel, first, last, ahead, lines, end):
             for step in range(4):
                 tile = tiles.add_step(io, native, tile, x + k + 4 * step, a.x_stride, weights)
                 weights += 4 * PANEL
-        out = a.out + at * out_stride + column * simd.size(io)
-        tiles.store_half(io, 0, tile, out, out_stride, columns)
-        if columns > LANES:
-            tiles.store_half(io, 1, tile, out, out_stride, columns)
+        out = a.out + at * out_stride
+        if gated:
+            out += panel * LANES * simd.size(io)
+            tiles.store_half(io, 0, tiles.gate_tile(io, tile), out, out_stride, LANES)
+        else:
+            out += column * simd.size(io)
+            tiles.store_half(io, 0, tile, out, out_stride, columns)
+            if columns > LANES:
+                tiles.store_half(io, 1, tile, out, out_stride, columns)
         row += size
     return ahead
 
@@ -82,8 +88,9 @@ def cut_rows(count):
 
 
 @cache
-def matmul_kernel(io: int, native: bool) -> Kernel:
-    """io: simd's kind of x, weights and out; native: bfloat16 by AVX-512's own products."""
+def matmul_kernel(io: int, native: bool, gated: bool) -> Kernel:
+    """io: simd's kind of x, weights and out; native: bfloat16 by AVX-512's own products; gated:
+    for GatedLinear."""
 
     def matmul(address):
         a = carray(address, 1)[0]
@@ -111,14 +118,16 @@ def matmul_kernel(io: int, native: bool) -> Kernel:
                 middle = first + 12 * twelves
                 if eights == 0:
                     middle = last
-                ahead = multiply_rows(io, native, 12, a, panel, first, middle, ahead, lines, end)
-                multiply_rows(io, native, 8, a, panel, middle, last, ahead, lines, end)
+                ahead = multiply_rows(
+                    io, native, gated, 12, a, panel, first, middle, ahead, lines, end
+                )
+                multiply_rows(io, native, gated, 8, a, panel, middle, last, ahead, lines, end)
             elif count >= 4:
-                multiply_rows(io, native, 4, a, panel, first, last, ahead, 8, end)
+                multiply_rows(io, native, gated, 4, a, panel, first, last, ahead, 8, end)
             elif count >= 2:
-                multiply_rows(io, native, 2, a, panel, first, last, ahead, 8, end)
+                multiply_rows(io, native, gated, 2, a, panel, first, last, ahead, 8, end)
             else:
-                multiply_rows(io, native, 1, a, panel, first, last, ahead, 8, end)
+                multiply_rows(io, native, gated, 1, a, panel, first, last, ahead, 8, end)
 
     return compile_kernel(matmul, MatmulArguments)
 
@@ -141,8 +150,20 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return packed.view(panels, -1)
 
 
+def fits_gated(weight: torch.Tensor) -> bool:
+    """Whether GatedLinear takes it: half of `out` is a multiple of 16, too."""
+    return fits(weight) and weight.shape[0] % PANEL == 0
+
+
+def pair_up(weight: torch.Tensor) -> torch.Tensor:
+    """Rows of a gate and, after them, as many `up`: 16 of these after every 16 of those."""
+    return weight.view(2, -1, LANES, *weight.shape[1:]).transpose(0, 1).reshape(weight.shape)
+
+
 class CompiledLinear:
     """See `Linear`. For matrices that fit. The matrix itself is not kept."""
+
+    _gated = False
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         if not fits(weight):
@@ -174,5 +195,27 @@ class CompiledLinear:
             torch.get_num_threads(), 1 + rows * self.packed.numel() // PRODUCTS_PER_THREAD
         )
         a.threads = torch.get_num_threads()
-        matmul_kernel(KIND[self.dtype], tiles.HAS_BFLOAT16).run(a, items, threads)
+        matmul_kernel(KIND[self.dtype], tiles.HAS_BFLOAT16, self._gated).run(a, items, threads)
         return out
+
+
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """silu(gate) * up [n, out / 2], of a matrix that computes no more than this."""
+
+    values: torch.Tensor
+
+
+class GatedLinear(CompiledLinear):
+    """Of a gate's rows [out / 2, in] and, after them, as many `up`: what is in registers becomes
+    silu(gate) * up on its way to memory. For matrices that fit gated."""
+
+    _gated = True
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__(pair_up(weight), None if bias is None else pair_up(bias))
+        self.out //= 2
+        self._arguments.columns = self.out
+
+    def __call__(self, x: torch.Tensor) -> Gated:
+        return Gated(super().__call__(x))

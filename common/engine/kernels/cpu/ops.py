@@ -18,7 +18,7 @@ from common.engine.kernels import Linear
 from common.engine.kernels.cpu import attention, elementwise, matmul, prefill
 from common.engine.kernels.cpu.launch import KIND, TEAM_SIZE, empty, recording, threads_for
 from common.engine.kernels.cpu.linear import TiledLinear, best
-from common.engine.kernels.cpu.matmul import CompiledLinear
+from common.engine.kernels.cpu.matmul import CompiledLinear, Gated, GatedLinear
 from common.engine.kernels.cpu.plan import Planner, Step
 from common.engine.kernels.cpu.quantized import Fp8Linear, Quantized, fits
 from common.engine.kernels.cpu.tape import Tapes
@@ -63,6 +63,14 @@ class CpuOps(ReferenceOps):
             return linear
         self._all_compiled = False
         return TiledLinear(linear, weight) if self._batch_invariant else linear
+
+    def gate_up(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
+        values = weight.values
+        if weight.activation is not None or not matmul.fits_gated(values):
+            return self.linear(weight, bias)
+        if best(values.dtype, True) is not CompiledLinear:
+            return self.linear(weight, bias)
+        return GatedLinear(values, bias)
 
     def stacked(self, parts: list[Linear]) -> Linear:
         self._all_compiled = False
@@ -116,7 +124,9 @@ class CpuOps(ReferenceOps):
         elementwise.add_norm_kernel(KIND[x.dtype]).run(a, rows, threads, long=rows > MANY_ROWS)
         return x, handed
 
-    def silu_mul(self, gate_up: torch.Tensor, into: Linear) -> torch.Tensor | Quantized:
+    def silu_mul(self, gate_up: torch.Tensor | Gated, into: Linear) -> torch.Tensor | Quantized:
+        if isinstance(gate_up, Gated):
+            return gate_up.values
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
         if width % 16:
             return super().silu_mul(gate_up, into)

@@ -17,8 +17,6 @@ from common.engine.kernels.cpu.emit import LANES, vector
 
 INT64 = ir.IntType(64)
 NAN_BITS = 0x7FC00000
-# exp is 0 below, where float32 would be subnormal, and stays finite up to the other end.
-EXP_LOW, EXP_HIGH = -87.0, 88.0
 EXP2_LOW = -125.0
 # Of the polynomial for 2**r, |r| <= 1/2, whose largest relative error is least (Remez): 1e-7.
 EXP2_FACTORS = (1.326472614891827e-3, 9.671512991189957e-3, 5.550733581185341e-2)
@@ -227,8 +225,7 @@ def fma(builder, a, b, c):
 @emit.function(vector, vector)
 def round_bfloat16(builder, value):
     """To the nearest bfloat16."""
-    bits = builder.shl(emit.bfloat16_bits(builder, value), emit.lanes(emit.I32, 16))
-    return builder.bitcast(bits, emit.F32V)
+    return emit.round_bfloat16(builder, value)
 
 
 @emit.function(vector, vector, types.float32)
@@ -304,28 +301,14 @@ def larger(builder, a, b):
 
 @emit.function(vector, vector)
 def exp(builder, x):
-    """e**x to 2 units in the last place, 0 below EXP_LOW, e**EXP_HIGH above; NaN stays NaN.
+    """e**x, see emit.exp."""
+    return emit.exp(builder, x)
 
-    x = n * log(2) + r with |r| <= log(2) / 2, log(2) in two parts (Cody & Waite 1980), a
-    polynomial for e**r, and n added to the exponent.
-    """
-    high = builder.fcmp_ordered(">", x, emit.lanes(emit.F32, EXP_HIGH))
-    x = builder.select(high, emit.lanes(emit.F32, EXP_HIGH), x)
-    low = builder.fcmp_ordered("<", x, emit.lanes(emit.F32, EXP_LOW))
-    x = builder.select(low, emit.lanes(emit.F32, EXP_LOW), x)
-    # Adding 1.5 * 2**23 rounds to a whole number, which is then found in the low bits.
-    magic = emit.lanes(emit.F32, 1.5 * 2.0**23)
-    shifted = emit.fma(builder, x, emit.lanes(emit.F32, 1.4426950408889634), magic)
-    n = builder.fsub(shifted, magic)
-    r = emit.fma(builder, n, emit.lanes(emit.F32, -0.693145751953125), x)
-    r = emit.fma(builder, n, emit.lanes(emit.F32, -1.428606765330187e-06), r)
-    p = emit.lanes(emit.F32, 1 / 720)
-    for factor in (1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
-        p = emit.fma(builder, p, r, emit.lanes(emit.F32, factor))
-    exponent = builder.shl(builder.bitcast(shifted, emit.I32V), emit.lanes(emit.I32, 23))
-    power = builder.add(exponent, emit.lanes(emit.I32, 127 << 23))
-    out = builder.fmul(p, builder.bitcast(power, emit.F32V))
-    return builder.select(low, emit.lanes(emit.F32, 0.0), out)
+
+@emit.function(vector, vector, vector)
+def silu_mul(builder, gate, up):
+    """silu(gate) * up."""
+    return emit.silu_mul(builder, gate, up)
 
 
 @emit.function(vector, vector)

@@ -358,6 +358,23 @@ def _add_step(kind, native, tile, x, stride, weights):
 
 
 @intrinsic(prefer_literal=True)
+def gate_tile(typing, kind, tile):
+    """The first 16 columns of each row become silu(gate) * up, gate being themselves and up the
+    others, both rounded to the kind before."""
+    bfloat16 = kind.literal_value == simd.BFLOAT16
+
+    def generate(context, builder, signature, values):
+        columns = emit.unpack(builder, values[1])
+        if bfloat16:
+            columns = [emit.round_bfloat16(builder, column) for column in columns]
+        for r in range(0, len(columns), 2):
+            columns[r] = emit.silu_mul(builder, columns[r], columns[r + 1])
+        return emit.pack(builder, columns)
+
+    return tile(kind, tile), generate
+
+
+@intrinsic(prefer_literal=True)
 def store_half(typing, kind, half, tile, target, stride, count):
     """The first or second 16 columns of the rows, of which there are `count` at least, rounded to
     the kind."""

@@ -158,6 +158,9 @@ class TritonOps:
         self._linears[weight.values.shape, scale, weight.activation] = made
         return made
 
+    def gate_up(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
+        return self.linear(weight, bias)
+
     def stacked(self, parts: list[Linear]) -> Linear:
         return StackedLinear(parts)
 

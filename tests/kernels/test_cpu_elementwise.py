@@ -23,7 +23,7 @@ def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("width", [16, 768, 40])
-@pytest.mark.parametrize("rows", [1, 33])
+@pytest.mark.parametrize("rows", [1, 33, 200])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sum_and_its_norm_are_those_of_float64(dtype, rows, width):
     x, delta, weight = (
@@ -67,7 +67,7 @@ def written(ops, cache, qkv, batch, rope, qk_norm=None):
 
 
 def random_rope(head_dim):
-    angle = torch.randn(32, head_dim // 2)
+    angle = torch.randn(96, head_dim // 2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
@@ -77,11 +77,11 @@ def random_rope(head_dim):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_turned_keys_and_values_land_where_the_reference_puts_them(dtype, kv_dtype, head_dim):
     layout = KVLayout(2, 2, head_dim, 8, kv_dtype)
-    rows = [([0] * 11, 3, [5, 1]), ([0], 20, [2, 6, 4])]
+    rows = [([0] * 80, 3, [5, 1, *range(7, 16)]), ([0], 20, [2, 6, 4])]
     batch = make_batch(rows, 8)
     rope = random_rope(head_dim)
-    qkv = torch.randn(12, 6 + 4, head_dim).to(dtype)
-    caches = [KVCache(layout, 7, torch.device("cpu")) for _ in range(2)]
+    qkv = torch.randn(81, 6 + 4, head_dim).to(dtype)
+    caches = [KVCache(layout, 16, torch.device("cpu")) for _ in range(2)]
     want, got = (
         written(ops, cache, qkv, batch, rope)
         for ops, cache in zip((REFERENCE, CpuOps()), caches, strict=True)

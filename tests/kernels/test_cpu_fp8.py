@@ -115,15 +115,16 @@ def test_an_input_is_quantized_to_the_bits_of_the_reference(dtype, kind):
     torch.testing.assert_close(got.scales, scale, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("width", [336, 1024])
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norms_and_activations_hand_over_what_quantizing_their_result_would(dtype, kind):
+def test_norms_and_activations_hand_over_what_quantizing_their_result_would(dtype, kind, width):
     ops = CpuOps()
-    linear = ops.linear(WEIGHTS[kind](64, 336), None)
-    x, delta, norm = (torch.randn(*s).to(dtype) for s in ((9, 336), (9, 336), (336,)))
+    linear = ops.linear(WEIGHTS[kind](64, width), None)
+    x, delta, norm = (torch.randn(*s).to(dtype) for s in ((9, width), (9, width), (width,)))
     _, plain = ops.add_norm(x.clone(), delta, norm, 1e-5, None)
     _, handed = ops.add_norm(x.clone(), delta, norm, 1e-5, linear)
-    gate_up = torch.randn(9, 672).to(dtype)
+    gate_up = torch.randn(9, 2 * width).to(dtype)
     pairs = [(plain, handed), (ops.silu_mul(gate_up, None), ops.silu_mul(gate_up, linear))]
     for plain, handed in pairs:
         want = linear.quantize(plain)

@@ -99,6 +99,19 @@ def test_a_gate_and_up_are_one_product_where_they_fit(monkeypatch):
         torch.testing.assert_close(got.double(), gate.sigmoid() * gate * up, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_would_share_a_place_in_a_cache_lie_apart(dtype):
+    ops, width = CpuOps(), matmul.PANEL * 64
+    linear = matmul.CompiledLinear(torch.randn(80, width).to(dtype), None)
+    x, delta, weight = (torch.randn(*n, width).to(dtype) for n in ((100,), (100,), ()))
+    _, plain = ops.add_norm(x.clone(), delta, weight, 1e-5, None)
+    _, apart = ops.add_norm(x.clone(), delta, weight, 1e-5, linear)
+    assert plain.is_contiguous()
+    assert apart.stride(0) * dtype.itemsize % 2048 == 64
+    assert torch.equal(apart, plain)
+    assert torch.equal(linear(apart), linear(plain))
+
+
 def test_a_nan_in_a_row_stays_in_that_row():
     x = torch.ones(3, 96)
     x[1, 4] = math.nan

@@ -15,6 +15,13 @@ from common.engine.kernels.cpu.e4m3 import FLOAT32_MAX, quantize_row, scale_of
 from common.engine.kernels.cpu.launch import Kernel, compile_kernel, fields
 
 
+@simd.part
+def rows_at_once(count):
+    """Of `count` rows those that a thread takes at a time: neighbours, which come from memory
+    together, and few enough that the threads end at about the same time."""
+    return 1 + count // 64
+
+
 class TakeArguments(ctypes.Structure):
     """Addresses. x [any, row_bytes], its rows `stride` bytes apart, of which the rows [num_items]
     int64 go to out."""
@@ -29,23 +36,25 @@ def take_kernel() -> Kernel:
     def take(address):
         a = carray(address, 1)[0]
         next_item = simd.address_of(address)
+        each = rows_at_once(a.num_items)
         while True:
-            row = simd.fetch_add(next_item, 1)
-            if row >= a.num_items:
+            first = simd.fetch_add(next_item, each)
+            if first >= a.num_items:
                 break
-            source = a.x + simd.scalar_int64(a.rows + 8 * row) * a.stride
-            for i in range(0, a.row_bytes, 64):
-                x = simd.load_float32(source + i)
-                simd.store_float32(a.out + row * a.row_bytes + i, x)
+            for row in range(first, min(first + each, a.num_items)):
+                source = a.x + simd.scalar_int64(a.rows + 8 * row) * a.stride
+                for i in range(0, a.row_bytes, 64):
+                    x = simd.load_float32(source + i)
+                    simd.store_float32(a.out + row * a.row_bytes + i, x)
 
     return compile_kernel(take, TakeArguments)
 
 
 class QuantizeArguments(ctypes.Structure):
-    """Addresses. x [num_items, width] becomes what e4m3.quantize_row makes of it: `out`, whose rows
-    are as far apart as those of x, and scales [num_items, width / columns rounded up]."""
+    """Addresses. x [num_items, width] becomes what e4m3.quantize_row makes of it: `out`, its rows
+    out_stride bytes apart, and scales [num_items, width / columns rounded up]."""
 
-    _fields_ = fields("x out scales static width columns")
+    _fields_ = fields("x out out_stride scales static width columns")
 
 
 @cache
@@ -56,23 +65,26 @@ def quantize_kernel(io: int) -> Kernel:
         a = carray(address, 1)[0]
         next_item = simd.address_of(address)
         groups = (a.width + a.columns - 1) // a.columns
+        each = rows_at_once(a.num_items)
         while True:
-            row = simd.fetch_add(next_item, 1)
-            if row >= a.num_items:
+            first = simd.fetch_add(next_item, each)
+            if first >= a.num_items:
                 break
-            offset = row * a.width * simd.size(io)
-            scales = a.scales + 4 * row * groups
-            quantize_row(io, a.x + offset, a.out + offset, scales, a.static, a.width, a.columns)
+            for row in range(first, min(first + each, a.num_items)):
+                x, out = a.x + row * a.width * simd.size(io), a.out + row * a.out_stride
+                scales = a.scales + 4 * row * groups
+                quantize_row(io, x, out, scales, a.static, a.width, a.columns)
 
     return compile_kernel(quantize, QuantizeArguments)
 
 
 class NormArguments(ctypes.Structure):
-    """Addresses. x, delta, out [num_items, width]; weight [width]. delta 0: none. x gets the
-    sum, out its RMSNorm, quantized in place where scales is not 0: see QuantizeArguments."""
+    """Addresses. x, delta, out [num_items, width], rows of out out_stride bytes apart; weight
+    [width]. delta 0: none. x gets the sum, out its RMSNorm, quantized in place where scales is not
+    0: see QuantizeArguments."""
 
     _fields_ = (
-        *fields("x delta weight out width scales static columns"),
+        *fields("x delta weight out out_stride width scales static columns"),
         ("eps", ctypes.c_double),
     )
 
@@ -86,36 +98,40 @@ def add_norm_kernel(io: int) -> Kernel:
         a = carray(address, 1)[0]
         next_item = simd.address_of(address)
         groups = (a.width + a.columns - 1) // a.columns
+        each = rows_at_once(a.num_items)
         while True:
-            row = simd.fetch_add(next_item, 1)
-            if row >= a.num_items:
+            first = simd.fetch_add(next_item, each)
+            if first >= a.num_items:
                 break
-            offset = row * a.width * element
-            squares = simd.splat(np.float32(0.0))
-            for i in range(0, a.width * element, 16 * element):
-                x = simd.load(io, a.x + offset + i)
-                if a.delta != 0:
-                    x = simd.add(x, simd.load(io, a.delta + offset + i))
-                    simd.store(io, a.x + offset + i, x)
+            for row in range(first, min(first + each, a.num_items)):
+                offset, out = row * a.width * element, a.out + row * a.out_stride
+                squares = simd.splat(np.float32(0.0))
+                for i in range(0, a.width * element, 16 * element):
                     x = simd.load(io, a.x + offset + i)
-                squares = simd.fma(x, x, squares)
-            mean = simd.total(squares) / np.float32(a.width)
-            factor = simd.splat(np.float32(1.0) / np.float32(math.sqrt(mean + np.float32(a.eps))))
-            for i in range(0, a.width * element, 16 * element):
-                x = simd.mul(simd.load(io, a.x + offset + i), factor)
-                simd.store(io, a.out + offset + i, simd.mul(x, simd.load(io, a.weight + i)))
-            if a.scales != 0:
-                out, scales = a.out + offset, a.scales + 4 * row * groups
-                quantize_row(io, out, out, scales, a.static, a.width, a.columns)
+                    if a.delta != 0:
+                        x = simd.add(x, simd.load(io, a.delta + offset + i))
+                        simd.store(io, a.x + offset + i, x)
+                        x = simd.load(io, a.x + offset + i)
+                    squares = simd.fma(x, x, squares)
+                mean = simd.total(squares) / np.float32(a.width)
+                factor = simd.splat(
+                    np.float32(1.0) / np.float32(math.sqrt(mean + np.float32(a.eps)))
+                )
+                for i in range(0, a.width * element, 16 * element):
+                    x = simd.mul(simd.load(io, a.x + offset + i), factor)
+                    simd.store(io, out + i, simd.mul(x, simd.load(io, a.weight + i)))
+                if a.scales != 0:
+                    scales = a.scales + 4 * row * groups
+                    quantize_row(io, out, out, scales, a.static, a.width, a.columns)
 
     return compile_kernel(add_norm, NormArguments)
 
 
 class SiluArguments(ctypes.Structure):
-    """Addresses. gate_up [num_items, 2 * width], out [num_items, width], quantized in place where
-    scales is not 0: see QuantizeArguments."""
+    """Addresses. gate_up [num_items, 2 * width], out [num_items, width], its rows out_stride bytes
+    apart, quantized in place where scales is not 0: see QuantizeArguments."""
 
-    _fields_ = fields("gate_up out width scales static columns")
+    _fields_ = fields("gate_up out out_stride width scales static columns")
 
 
 @cache
@@ -128,17 +144,20 @@ def silu_mul_kernel(io: int) -> Kernel:
         next_item = simd.address_of(address)
         groups = (a.width + a.columns - 1) // a.columns
         bytes_ = a.width * element
+        each = rows_at_once(a.num_items)
         while True:
-            row = simd.fetch_add(next_item, 1)
-            if row >= a.num_items:
+            first = simd.fetch_add(next_item, each)
+            if first >= a.num_items:
                 break
-            for i in range(0, bytes_, 16 * element):
-                gate = simd.load(io, a.gate_up + 2 * row * bytes_ + i)
-                up = simd.load(io, a.gate_up + (2 * row + 1) * bytes_ + i)
-                simd.store(io, a.out + row * bytes_ + i, simd.silu_mul(gate, up))
-            if a.scales != 0:
-                out, scales = a.out + row * bytes_, a.scales + 4 * row * groups
-                quantize_row(io, out, out, scales, a.static, a.width, a.columns)
+            for row in range(first, min(first + each, a.num_items)):
+                out = a.out + row * a.out_stride
+                for i in range(0, bytes_, 16 * element):
+                    gate = simd.load(io, a.gate_up + 2 * row * bytes_ + i)
+                    up = simd.load(io, a.gate_up + (2 * row + 1) * bytes_ + i)
+                    simd.store(io, out + i, simd.silu_mul(gate, up))
+                if a.scales != 0:
+                    scales = a.scales + 4 * row * groups
+                    quantize_row(io, out, out, scales, a.static, a.width, a.columns)
 
     return compile_kernel(silu_mul, SiluArguments)
 
@@ -247,33 +266,35 @@ def write_kernel(kv: int, io: int) -> Kernel:
         dim, heads, kv_heads = a.head_dim, a.heads, a.kv_heads
         row_bytes = dim * simd.size(io)
         norm, signs = a.norm, a.signs
+        each = rows_at_once(a.num_items)
         while True:
-            row = simd.fetch_add(counters, 1)
-            if row >= a.num_items:
+            first = simd.fetch_add(counters, each)
+            if first >= a.num_items:
                 break
-            slot = simd.scalar_int64(a.slots + 8 * row)
-            block = slot // a.block_size * a.block_bytes
-            inside = slot % a.block_size
-            table = 4 * dim * simd.scalar_int64(a.positions + 8 * row)
-            source = a.qkv + row * (heads + 2 * kv_heads) * row_bytes
-            for head in range(heads + kv_heads):
-                x = source + head * row_bytes
-                if norm != 0:
-                    norm_head(io, x, norm + head * row_bytes, dim, a.eps)
-                turn_head(io, x, a.cos + table, a.sin + table, dim)
-                if signs != 0:
-                    rotate_head(io, x, dim, signs, scratch)
-            for head in range(2 * kv_heads):
-                x = source + (heads + head) * row_bytes
-                place = head * a.block_size + inside
-                if head >= kv_heads:
-                    place += (a.block_heads - kv_heads) * a.block_size
-                scale = np.float32(1.0)
-                if kv == simd.E4M3:
-                    static = a.static + 4 * head if a.static != 0 else 0
-                    scale = scale_of(io, x, dim, static)
-                    simd.put_float32(a.scales + block + 4 * place, scale)
-                target = a.cache + block + place * dim * simd.size(kv)
-                write_head(kv, io, x, dim, target, scale)
+            for row in range(first, min(first + each, a.num_items)):
+                slot = simd.scalar_int64(a.slots + 8 * row)
+                block = slot // a.block_size * a.block_bytes
+                inside = slot % a.block_size
+                table = 4 * dim * simd.scalar_int64(a.positions + 8 * row)
+                source = a.qkv + row * (heads + 2 * kv_heads) * row_bytes
+                for head in range(heads + kv_heads):
+                    x = source + head * row_bytes
+                    if norm != 0:
+                        norm_head(io, x, norm + head * row_bytes, dim, a.eps)
+                    turn_head(io, x, a.cos + table, a.sin + table, dim)
+                    if signs != 0:
+                        rotate_head(io, x, dim, signs, scratch)
+                for head in range(2 * kv_heads):
+                    x = source + (heads + head) * row_bytes
+                    place = head * a.block_size + inside
+                    if head >= kv_heads:
+                        place += (a.block_heads - kv_heads) * a.block_size
+                    scale = np.float32(1.0)
+                    if kv == simd.E4M3:
+                        static = a.static + 4 * head if a.static != 0 else 0
+                        scale = scale_of(io, x, dim, static)
+                        simd.put_float32(a.scales + block + 4 * place, scale)
+                    target = a.cache + block + place * dim * simd.size(kv)
+                    write_head(kv, io, x, dim, target, scale)
 
     return compile_kernel(form_and_write, WriteArguments)

@@ -34,6 +34,10 @@ Refresh = Callable[[Any, Any, Any], None]
 # Smaller work is done sooner than a second thread has begun it.
 ELEMENTS_PER_THREAD = 16384
 
+LINE_BYTES = 64
+# Of lines that lie a multiple of this apart a core's first cache keeps a few dozen at most.
+PERIOD = 2048
+
 KIND = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float8_e4m3fn: E4M3}
 
 
@@ -136,6 +140,14 @@ def empty(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     if recording.recorder is not None:
         return recording.recorder.empty(rows, width, dtype)
     return torch.empty(rows, width, dtype=dtype)
+
+
+def spread(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """The same for what a product reads, some rows side by side. Rows a multiple of PERIOD apart
+    would push each other out of the first cache, so these lie a line further apart: the result is
+    not contiguous then."""
+    apart = LINE_BYTES // dtype.itemsize if width * dtype.itemsize % PERIOD == 0 else 0
+    return empty(rows, width + apart, dtype)[:, :width]
 
 
 def threads_for(elements: int) -> int:

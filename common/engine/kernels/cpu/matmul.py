@@ -16,7 +16,7 @@ import torch
 from numba import carray
 
 from common.engine.kernels.cpu import memory, simd, tiles
-from common.engine.kernels.cpu.launch import KIND, Kernel, compile_kernel, empty, fields
+from common.engine.kernels.cpu.launch import KIND, Kernel, compile_kernel, empty, fields, spread
 
 LANES = simd.LANES
 PANEL = 2 * LANES
@@ -34,11 +34,12 @@ class MatmulArguments(ctypes.Structure):
     x           [rows, width], rows x_stride bytes apart
     weights     [panels, width * 32], as `pack` has them
     bias        [panels * 32] float32
-    out         [rows, columns], contiguous; a panel's are 16 where the matrix is gated, else 32
+    out         [rows, columns], rows out_stride bytes apart; a panel's columns are 16 where the
+                matrix is gated, else 32
     threads     that share the items
     """
 
-    _fields_ = fields("x x_stride weights bias out rows columns width panels threads")
+    _fields_ = fields("x x_stride weights bias out out_stride rows columns width panels threads")
 
 
 @simd.part
@@ -46,7 +47,7 @@ def multiply_rows(io, native, gated, size, a, panel, first, last, ahead, lines, 
     """The rows [first, last), `size` at once; the last tile begins earlier rather than ending
     later. With every 4 steps the caches fetch `lines` more lines, from `ahead` to `end`; the first
     that is left."""
-    steps, out_stride = a.width * simd.size(io), a.columns * simd.size(io)
+    steps = a.width * simd.size(io)
     column = panel * PANEL
     columns = a.columns - column
     row = first
@@ -63,15 +64,15 @@ def multiply_rows(io, native, gated, size, a, panel, first, last, ahead, lines, 
             for step in range(4):
                 tile = tiles.add_step(io, native, tile, x + k + 4 * step, a.x_stride, weights)
                 weights += 4 * PANEL
-        out = a.out + at * out_stride
+        out = a.out + at * a.out_stride
         if gated:
             out += panel * LANES * simd.size(io)
-            tiles.store_half(io, 0, tiles.gate_tile(io, tile), out, out_stride, LANES)
+            tiles.store_half(io, 0, tiles.gate_tile(io, tile), out, a.out_stride, LANES)
         else:
             out += column * simd.size(io)
-            tiles.store_half(io, 0, tile, out, out_stride, columns)
+            tiles.store_half(io, 0, tile, out, a.out_stride, columns)
             if columns > LANES:
-                tiles.store_half(io, 1, tile, out, out_stride, columns)
+                tiles.store_half(io, 1, tile, out, a.out_stride, columns)
         row += size
     return ahead
 
@@ -181,15 +182,17 @@ class CompiledLinear:
         a.columns, a.width, a.panels = self.out, self.width, len(self.packed)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._multiply(x, empty(len(x), self.out, x.dtype))
+
+    def _multiply(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         rows = len(x)
-        out = empty(rows, self.out, x.dtype)
         if rows == 0:
             return out
         if x.stride(1) != 1:
             x = x.contiguous()
         a = self._arguments
         a.x, a.x_stride, a.out = x.data_ptr(), x.stride(0) * x.element_size(), out.data_ptr()
-        a.rows = rows
+        a.rows, a.out_stride = rows, out.stride(0) * out.element_size()
         items = a.panels * -(-rows // ITEM_ROWS)
         threads = min(
             torch.get_num_threads(), 1 + rows * self.packed.numel() // PRODUCTS_PER_THREAD
@@ -218,4 +221,4 @@ class GatedLinear(CompiledLinear):
         self._arguments.columns = self.out
 
     def __call__(self, x: torch.Tensor) -> Gated:
-        return Gated(super().__call__(x))
+        return Gated(self._multiply(x, spread(len(x), self.out, x.dtype)))

@@ -16,7 +16,7 @@ from common.engine.cache import TORCH_DTYPES, KVCache
 from common.engine.config import ModelConfig
 from common.engine.kernels import Linear
 from common.engine.kernels.cpu import attention, elementwise, matmul, prefill
-from common.engine.kernels.cpu.launch import KIND, TEAM_SIZE, empty, recording, threads_for
+from common.engine.kernels.cpu.launch import KIND, TEAM_SIZE, empty, recording, spread, threads_for
 from common.engine.kernels.cpu.linear import TiledLinear, best
 from common.engine.kernels.cpu.matmul import CompiledLinear, Gated, GatedLinear
 from common.engine.kernels.cpu.plan import Planner, Step
@@ -116,8 +116,8 @@ class CpuOps(ReferenceOps):
         if width % 16:
             return super().add_norm(x, delta, weight, eps, into)
         a = self._norm
-        out, handed = _result(a, rows, width, x.dtype, into)
-        a.x, a.weight, a.out = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+        handed = _result(a, rows, width, x.dtype, into)
+        a.x, a.weight = x.data_ptr(), weight.data_ptr()
         a.delta = 0 if delta is None else delta.data_ptr()
         a.width, a.eps = width, eps
         threads = threads_for(rows * width)
@@ -131,8 +131,8 @@ class CpuOps(ReferenceOps):
         if width % 16:
             return super().silu_mul(gate_up, into)
         a = self._silu
-        out, handed = _result(a, rows, width, gate_up.dtype, into)
-        a.gate_up, a.out, a.width = gate_up.data_ptr(), out.data_ptr(), width
+        handed = _result(a, rows, width, gate_up.dtype, into)
+        a.gate_up, a.width = gate_up.data_ptr(), width
         threads = threads_for(4 * rows * width)
         elementwise.silu_mul_kernel(KIND[gate_up.dtype]).run(
             a, rows, threads, long=rows > MANY_ROWS
@@ -202,15 +202,17 @@ def _result(
     width: int,
     dtype: torch.dtype,
     into: Linear,
-) -> tuple[torch.Tensor, torch.Tensor | Quantized]:
-    """Where a kernel computes what `into` reads, and what that is handed; `a` is told."""
+) -> torch.Tensor | Quantized:
+    """What `into` is handed, once a kernel has computed it; `a` is told where."""
     if isinstance(into, Fp8Linear):
         out, made = into.results(rows, dtype)
         into.describe(a, made)
-        return out, made
-    a.scales, a.static, a.columns = 0, 0, width
-    out = empty(rows, width, dtype)
-    return out, out
+    else:
+        a.scales, a.static, a.columns = 0, 0, width
+        # What else multiplies may want its rows without gaps.
+        out = made = (spread if isinstance(into, CompiledLinear) else empty)(rows, width, dtype)
+    a.out, a.out_stride = out.data_ptr(), out.stride(0) * dtype.itemsize
+    return made
 
 
 def _refresh_take(name: str, a: elementwise.TakeArguments, batch: Batch, step: Step) -> None:

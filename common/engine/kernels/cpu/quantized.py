@@ -24,6 +24,7 @@ from common.engine.kernels.cpu.launch import (
     compile_kernel,
     empty,
     fields,
+    spread,
     threads_for,
 )
 from common.engine.quantization.scheme import BLOCK, Activation
@@ -278,7 +279,7 @@ class Fp8Linear:
     def results(self, rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, Quantized]:
         """Memory for a kernel that computes its input: [rows, in] of this dtype, and the same
         memory as what quantizing that in place makes of it."""
-        out = empty(rows, self.width, dtype)
+        out = spread(rows, self.width, dtype)
         values = out.view(torch.bfloat16)[:, : self.width]
         return out, Quantized(values, empty(rows, self.groups, torch.float32), dtype)
 
@@ -293,6 +294,7 @@ class Fp8Linear:
         out, made = self.results(len(x), x.dtype)
         a = self._quantize
         a.x, a.out, a.width = x.data_ptr(), out.data_ptr(), self.width
+        a.out_stride = out.stride(0) * x.element_size()
         self.describe(a, made)
         elementwise.quantize_kernel(KIND[x.dtype]).run(a, len(x), threads_for(2 * x.numel()))
         return made

@@ -160,6 +160,19 @@ def multiply_keys(pairs, dim, q, keys, first, last, scores):
 
 
 @simd.part
+def larger_of_all(start, end, value):
+    """The largest of `value` and the vectors, lines apart and a multiple of 4 of them: four at a
+    time, since each waits for the one that it is compared with."""
+    second, third, fourth = value, value, value
+    for at in range(start, end, 4 * LINE):
+        value = simd.larger(value, simd.load_float32(at))
+        second = simd.larger(second, simd.load_float32(at + LINE))
+        third = simd.larger(third, simd.load_float32(at + 2 * LINE))
+        fourth = simd.larger(fourth, simd.load_float32(at + 3 * LINE))
+    return simd.larger(simd.larger(value, second), simd.larger(third, fourth))
+
+
+@simd.part
 def soften(pairs, masked, a, tile, first, last, scores, maxima, totals, ends, fades):
     """From scores to the weights of V, in place (in pairs of two tokens in the first half), of 16
     rows; `masked`: some see but some of the tokens."""
@@ -177,8 +190,7 @@ def soften(pairs, masked, a, tile, first, last, scores, maxima, totals, ends, fa
                 oldest = simd.splat(token + np.float32(a.window + 1))
                 x = simd.where_less(until, oldest, x, infinite)
             simd.store_float32(scores + LINE * t, x)
-    for t in range(first, last):
-        new = simd.larger(new, simd.load_float32(scores + LINE * t))
+    new = larger_of_all(scores + LINE * first, scores + LINE * last, new)
     # A row that has seen nothing yet has no maximum.
     shift = simd.where_less(infinite, new, simd.mul(new, minus), zero)
     # Not by fma: the same maximum is to give 1.
@@ -241,6 +253,7 @@ def prefill_kernel(kv: int, io: int, group: int, native: bool = tiles.HAS_BFLOAT
         a = carray(address, 1)[0]
         counters = simd.address_of(address)
         dim, row_bytes, lanes = a.head_dim, 4 * a.head_dim, a.kv_heads * a.passes
+        chunks = a.num_items // lanes
         q = a.scratch + simd.fetch_add(counters + 8, 1) * a.scratch_bytes
         sums = q + most * row_bytes
         keys = sums + most * row_bytes
@@ -256,7 +269,8 @@ def prefill_kernel(kv: int, io: int, group: int, native: bool = tiles.HAS_BFLOAT
             item = simd.fetch_add(counters, 1)
             if item >= a.num_items:
                 break
-            lane, at = item % lanes, a.items + 16 * (item // lanes)
+            # All of a head's items, one after the other: they read the same K and V.
+            lane, at = item // chunks, a.items + 16 * (item % chunks)
             table = a.tables + 4 * a.table_width * simd.scalar_int32(at)
             first_row, queries = simd.scalar_int32(at + 4), simd.scalar_int32(at + 8)
             position = simd.scalar_int32(at + 12)

@@ -120,7 +120,7 @@ class LLM:
         block_size: int = 16,
         enable_prefix_caching: bool = True,
         max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 512,
+        max_num_batched_tokens: int = 1024,
         num_gpu_blocks_override: int | None = None,
         num_blocks: int | None = None,
         kv_cache_bytes: int = 512 * 2**20,

@@ -151,7 +151,7 @@ def _parser(name: str, *, input_len: int, output_len: int) -> argparse.ArgumentP
     add("--dtype", default="auto", help="auto, float32 or bfloat16")
     add("--quantization", help="fp8 or fp8-block: quantize on load")
     add("--kv-cache-dtype", default="auto", help="auto, float32, bf16 or fp8_e4m3")
-    add("--max-num-batched-tokens", type=_positive, default=512, help="tokens in a step")
+    add("--max-num-batched-tokens", type=_positive, default=1024, help="tokens in a step")
     add("--kv-cache-bytes", type=_positive, default=512 * 2**20, help="memory of the KV cache")
     add("--block-size", type=_positive, default=16, help="tokens in a KV block")
     add("--max-model-len", type=_positive, help="most tokens of a sequence")

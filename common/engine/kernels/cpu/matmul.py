@@ -4,8 +4,10 @@ The matrix lies in panels of 32 columns of the result (rows of the weight), each
 first byte to its last: bfloat16 in pairs along a row, as AVX-512's dot product of pairs takes them
 (the layout that Intel calls VNNI). A tile of up to 12 rows of the result stays in registers
 (Goto & van de Geijn 2008); while a panel is multiplied by 8 rows or more, the next comes from
-memory, so that reading and computing take the time of the longer and not of both. Every sum goes
-along the row in one order, whatever the tile: a row's bits depend on that row alone.
+memory, so that reading and computing take the time of the longer and not of both. Fewer rows take
+as long as the reading, which is quickest where a thread reads on and on: most of their panels are
+handed out in one run for each thread. Every sum goes along the row in one order, whatever the tile:
+a row's bits depend on that row alone.
 """
 
 import ctypes
@@ -22,14 +24,18 @@ LANES = simd.LANES
 PANEL = 2 * LANES
 # Rows of a work item: of x they stay in a core's second cache while panels pass by.
 ITEM_ROWS = 192
-# How far ahead of a few rows' products a panel is fetched, in bytes.
-AHEAD = 2048
+MANY_ROWS = 8
+# How far ahead of fewer rows' products panels are fetched, in bytes.
+AHEAD = 4096
+# Of fewer rows' panels so many eighths are in runs; the rest is for who is done with a run first.
+RUN_EIGHTHS = 6
 # A product with fewer multiplications is done sooner than a second thread has begun it.
 PRODUCTS_PER_THREAD = 2**17
 
 
 class MatmulArguments(ctypes.Structure):
-    """Addresses and sizes. An item is a panel for ITEM_ROWS rows.
+    """Addresses and sizes. An item is a panel for ITEM_ROWS rows; of fewer than MANY_ROWS rows the
+    first `threads` items are a run of panels each, and the others a panel.
 
     x           [rows, width], rows x_stride bytes apart
     weights     [panels, width * 32], as `pack` has them
@@ -37,9 +43,12 @@ class MatmulArguments(ctypes.Structure):
     out         [rows, columns], rows out_stride bytes apart; a panel's columns are 16 where the
                 matrix is gated, else 32
     threads     that share the items
+    run         panels of a run
     """
 
-    _fields_ = fields("x x_stride weights bias out out_stride rows columns width panels threads")
+    _fields_ = fields(
+        "x x_stride weights bias out out_stride rows columns width panels threads run"
+    )
 
 
 @simd.part
@@ -78,6 +87,23 @@ def multiply_rows(io, native, gated, size, a, panel, first, last, ahead, lines, 
 
 
 @simd.part
+def multiply_few(io, native, gated, a, panel, stop, first, last):
+    """Rows [first, last), fewer than MANY_ROWS, by the panels [panel, stop)."""
+    panel_bytes = a.width * simd.size(io) * PANEL
+    end, count = a.weights + stop * panel_bytes, last - first
+    while panel < stop:
+        # A panel is done with as soon as it has come, so it is fetched shortly before.
+        ahead = a.weights + panel * panel_bytes + AHEAD
+        if count >= 4:
+            multiply_rows(io, native, gated, 4, a, panel, first, last, ahead, 8, end)
+        elif count >= 2:
+            multiply_rows(io, native, gated, 2, a, panel, first, last, ahead, 8, end)
+        else:
+            multiply_rows(io, native, gated, 1, a, panel, first, last, ahead, 8, end)
+        panel += 1
+
+
+@simd.part
 def cut_rows(count):
     """Tiles of 12 and of 8 rows for `count` rows, 8 or more: as few rows as can be, then as few
     tiles."""
@@ -88,6 +114,24 @@ def cut_rows(count):
     return (fours - 2 * eights) // 3, eights
 
 
+@simd.part
+def multiply_many(io, native, gated, a, item, first, last):
+    """Rows [first, last), MANY_ROWS or more, by the item's panel."""
+    # Threads mostly take turns, so this one's next item is known: its panel comes from memory
+    # while this one's is computed with.
+    following, panel_bytes = item + a.threads, a.width * simd.size(io) * PANEL
+    ahead = a.weights + following % a.panels * panel_bytes
+    end = ahead + panel_bytes if following < a.num_items else ahead
+    twelves, eights = cut_rows(last - first)
+    # 4 steps are 8 lines of a panel, which comes once and is read by each tile.
+    lines = 1 + 7 // (twelves + eights)
+    panel, middle = item % a.panels, first + 12 * twelves
+    if eights == 0:
+        middle = last
+    ahead = multiply_rows(io, native, gated, 12, a, panel, first, middle, ahead, lines, end)
+    multiply_rows(io, native, gated, 8, a, panel, middle, last, ahead, lines, end)
+
+
 @cache
 def matmul_kernel(io: int, native: bool, gated: bool) -> Kernel:
     """io: simd's kind of x, weights and out; native: bfloat16 by AVX-512's own products; gated:
@@ -96,39 +140,23 @@ def matmul_kernel(io: int, native: bool, gated: bool) -> Kernel:
     def matmul(address):
         a = carray(address, 1)[0]
         next_item = simd.address_of(address)
-        panel_bytes = a.width * simd.size(io) * PANEL
         while True:
             item = simd.fetch_add(next_item, 1)
             if item >= a.num_items:
                 break
             panel, first = item % a.panels, item // a.panels * ITEM_ROWS
-            last = min(first + ITEM_ROWS, a.rows)
-            count = last - first
-            # Few rows are done as soon as a panel has come, which is fetched shortly before.
-            ahead = a.weights + panel * panel_bytes + AHEAD
-            end = ahead + panel_bytes
-            if count >= 8:
-                # Threads mostly take turns, so this one's next item is known: its panel comes
-                # from memory while this one's is computed with.
-                following = item + a.threads
-                ahead = a.weights + following % a.panels * panel_bytes
-                end = ahead + panel_bytes if following < a.num_items else ahead
-                twelves, eights = cut_rows(count)
-                # 4 steps are 8 lines of a panel, which comes once and is read by each tile.
-                lines = 1 + 7 // (twelves + eights)
-                middle = first + 12 * twelves
-                if eights == 0:
-                    middle = last
-                ahead = multiply_rows(
-                    io, native, gated, 12, a, panel, first, middle, ahead, lines, end
-                )
-                multiply_rows(io, native, gated, 8, a, panel, middle, last, ahead, lines, end)
-            elif count >= 4:
-                multiply_rows(io, native, gated, 4, a, panel, first, last, ahead, 8, end)
-            elif count >= 2:
-                multiply_rows(io, native, gated, 2, a, panel, first, last, ahead, 8, end)
+            stop, last = panel + 1, min(first + ITEM_ROWS, a.rows)
+            if a.rows < MANY_ROWS:
+                first, last = 0, a.rows
+                panel = item * a.run
+                stop = panel + a.run
+                if item >= a.threads:
+                    panel = a.threads * a.run + item - a.threads
+                    stop = panel + 1
+            if last - first >= MANY_ROWS:
+                multiply_many(io, native, gated, a, item, first, last)
             else:
-                multiply_rows(io, native, gated, 1, a, panel, first, last, ahead, 8, end)
+                multiply_few(io, native, gated, a, panel, stop, first, last)
 
     return compile_kernel(matmul, MatmulArguments)
 
@@ -193,11 +221,12 @@ class CompiledLinear:
         a = self._arguments
         a.x, a.x_stride, a.out = x.data_ptr(), x.stride(0) * x.element_size(), out.data_ptr()
         a.rows, a.out_stride = rows, out.stride(0) * out.element_size()
-        items = a.panels * -(-rows // ITEM_ROWS)
-        threads = min(
-            torch.get_num_threads(), 1 + rows * self.packed.numel() // PRODUCTS_PER_THREAD
-        )
         a.threads = torch.get_num_threads()
+        a.run = a.panels * RUN_EIGHTHS // 8 // a.threads
+        items = a.panels * -(-rows // ITEM_ROWS)
+        if rows < MANY_ROWS:
+            items = a.threads + a.panels - a.threads * a.run
+        threads = min(a.threads, 1 + rows * self.packed.numel() // PRODUCTS_PER_THREAD)
         matmul_kernel(KIND[self.dtype], tiles.HAS_BFLOAT16, self._gated).run(a, items, threads)
         return out
 

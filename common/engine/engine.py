@@ -80,11 +80,11 @@ class _Flight:
     """A step that was started: its results may not be there yet.
 
     sampled        the sequences that get a token, in the order of `draw`'s
-    prompt_logits  [rows of plan.prompt_rows, vocab]
+    prompt_logits  [rows of plan.prompt_rows, vocab]; None where there are none
     """
 
     plan: StepPlan
-    prompt_logits: torch.Tensor
+    prompt_logits: torch.Tensor | None
     sampled: list[Sequence]
     draw: Draw | None
 
@@ -314,8 +314,12 @@ class Engine:
             take_tokens(batch, plan, flight.sampled, flight.draw.tokens)
         logits = self.runner.forward(batch, self._hears_of_layers)
         sampled = [s for s, wanted in zip(plan.sequences, plan.sampled, strict=True) if wanted]
-        draw = self._sampler.draw(logits[: len(sampled)], sampled) if sampled else None
-        return _Flight(plan, logits[len(sampled) :], sampled, draw)
+        rest = None
+        # A view is code that the step has pushed out of the caches, so none is made in vain.
+        if any(plan.prompt_rows):
+            logits, rest = logits[: len(sampled)], logits[len(sampled) :]
+        draw = self._sampler.draw(logits, sampled) if sampled else None
+        return _Flight(plan, rest, sampled, draw)
 
     def _go_on(self, flight: _Flight) -> list[RequestOutput]:
         """What follows a step's start, once the step before it has landed: the tokens that this
@@ -333,7 +337,9 @@ class Engine:
         # Blocks that failed between steps are collected between steps: those told of now are this
         # step's only if it loads some, and then no other is under way.
         failed = self._connector.get_block_ids_with_load_errors() if plan.loading else ()
-        told = prompt_logprobs(flight.prompt_logits, plan)
+        told = {}
+        if flight.prompt_logits is not None:
+            told = prompt_logprobs(flight.prompt_logits, plan)
         results = [] if flight.draw is None else flight.draw.results()
         outputs = self._scheduler.update(plan, results, failed, told)
         self._failures = 0

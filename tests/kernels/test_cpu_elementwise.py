@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from common.engine.cache import KVCache
+from common.engine.kernels.cpu import elementwise
+from common.engine.kernels.cpu.launch import KIND
 from common.engine.kernels.cpu.ops import CpuOps, Step
 from common.engine.kernels.reference import ReferenceOps
 from common.kv.layout import KVLayout
@@ -44,6 +46,19 @@ def test_silu_mul_is_that_of_float64(dtype):
     x[0, :5] = torch.tensor([200.0, -200.0, 0.0, 90.0, -90.0])
     gate, up = x.double().chunk(2, -1)
     close(CpuOps().silu_mul(x, None).double(), gate.sigmoid() * gate * up, dtype)
+
+
+@pytest.mark.parametrize("width", [16, 17, 100, 4096, 4099, 12300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_widened_rows_are_those_that_were_given_and_no_more(dtype, width):
+    x = torch.randn(3, width).to(dtype)
+    x[1, -1], x[2, 0] = math.nan, -math.inf
+    out = torch.full((3 * width + 16,), 7.0)
+    a = elementwise.WidenArguments(x=x.data_ptr(), out=out.data_ptr(), width=width)
+    items = 3 * -(-width // elementwise.WIDEN_COLUMNS)
+    elementwise.widen_kernel(KIND[dtype]).run(a, items, 2)
+    assert torch.equal(out[: 3 * width].view(torch.int32), x.float().view(-1).view(torch.int32))
+    assert (out[3 * width :] == 7).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,6 +14,8 @@ from common.engine.kernels.cpu import simd
 from common.engine.kernels.cpu.e4m3 import FLOAT32_MAX, quantize_row, scale_of
 from common.engine.kernels.cpu.launch import Kernel, compile_kernel, fields
 
+WIDEN_COLUMNS = 4096
+
 
 @simd.part
 def rows_at_once(count):
@@ -48,6 +50,34 @@ def take_kernel() -> Kernel:
                     simd.store_float32(a.out + row * a.row_bytes + i, x)
 
     return compile_kernel(take, TakeArguments)
+
+
+class WidenArguments(ctypes.Structure):
+    """Addresses. x [rows, width], of 16 columns at least, is copied to out, float32. An item is
+    WIDEN_COLUMNS of a row, or what is left of them."""
+
+    _fields_ = fields("x out width")
+
+
+@cache
+def widen_kernel(io: int) -> Kernel:
+    """io: simd's kind of x."""
+
+    def widen(address):
+        a = carray(address, 1)[0]
+        next_item = simd.address_of(address)
+        pieces = (a.width + WIDEN_COLUMNS - 1) // WIDEN_COLUMNS
+        while True:
+            item = simd.fetch_add(next_item, 1)
+            if item >= a.num_items:
+                break
+            row, start = item // pieces * a.width, item % pieces * WIDEN_COLUMNS
+            for i in range(start, min(start + WIDEN_COLUMNS, a.width), 16):
+                # The last vector begins earlier rather than ending later.
+                at = row + min(i, a.width - 16)
+                simd.store_float32(a.out + 4 * at, simd.load(io, a.x + at * simd.size(io)))
+
+    return compile_kernel(widen, WidenArguments)
 
 
 class QuantizeArguments(ctypes.Structure):

@@ -15,7 +15,7 @@ from common.engine.batch import Batch
 from common.engine.cache import TORCH_DTYPES, KVCache
 from common.engine.config import ModelConfig
 from common.engine.kernels import Linear
-from common.engine.kernels.cpu import attention, elementwise, matmul, prefill
+from common.engine.kernels.cpu import attention, elementwise, matmul, prefill, simd
 from common.engine.kernels.cpu.launch import KIND, TEAM_SIZE, empty, recording, spread, threads_for
 from common.engine.kernels.cpu.linear import TiledLinear, best
 from common.engine.kernels.cpu.matmul import CompiledLinear, Gated, GatedLinear
@@ -89,6 +89,7 @@ class CpuOps(ReferenceOps):
             self._all_compiled
             and config.head_dim % HEAD_DIM_MULTIPLE == 0
             and all(width % TAKE_MULTIPLE == 0 for width in rows)
+            and config.vocab_size >= simd.LANES
             and TEAM_SIZE is not None
         )
         return Tapes(forward, prepare) if possible else None

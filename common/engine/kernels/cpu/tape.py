@@ -28,8 +28,8 @@ from numba import carray
 
 from common.engine.batch import Batch
 from common.engine.graphs import only_decodes
-from common.engine.kernels.cpu import launch, simd
-from common.engine.kernels.cpu.launch import Kernel, Refresh, compile_kernel, fields
+from common.engine.kernels.cpu import elementwise, launch, simd
+from common.engine.kernels.cpu.launch import KIND, Kernel, Refresh, compile_kernel, fields
 from common.kv.connector import KVConnector
 
 # Decoding more sequences at once takes so long that what lies between its kernels is no matter.
@@ -157,11 +157,13 @@ class Tape:
             self._refreshed.append((copy, refresh))
 
     def finish(self, output: torch.Tensor) -> None:
-        """Nothing more comes; `output`, of `empty`, is the step's result."""
+        """Nothing more comes; `output` [rows, width], of `empty`, is the step's result."""
+        rows, width = self._shape = tuple(output.shape)
+        # The address alone, so that other tapes may compute in its memory too.
+        a = elementwise.WidenArguments(x=output.data_ptr(), width=width)
+        items = rows * -(-width // elementwise.WIDEN_COLUMNS)
+        self.add(elementwise.widen_kernel(KIND[output.dtype]), a, items, None)
         self._arrange()
-        # Not the chunk itself, so that other tapes may compute in its memory too.
-        memory = (ctypes.c_uint8 * output.nbytes).from_address(output.data_ptr())
-        self._output = torch.frombuffer(memory, dtype=output.dtype).view(output.shape)
 
     def flush(self) -> None:
         """Runs what was added since the last time, and forgets it."""
@@ -180,14 +182,16 @@ class Tape:
         a.meeting = ctypes.addressof(self._meeting)
 
     def run(self, batch: Batch, step: object) -> torch.Tensor:
-        """The step's result, valid until the next run of any tape of the pool."""
+        """The step's result [rows, width] float32."""
         now = step, batch.token_ids, batch.logit_rows
         if any(map(operator.is_not, now, self._last)):
             for arguments, refresh in self._refreshed:
                 refresh(arguments, batch, step)
             self._last = now
+        result = torch.empty(self._shape)
+        self._arguments[-1].out = result.data_ptr()
         self._go()
-        return self._output
+        return result
 
     def _go(self) -> None:
         self._meeting[:] = (0, 0, 0)
@@ -238,7 +242,7 @@ class Tapes:
             tape = Tape(self._pool)
             tape.finish(self._record(tape, batch, None))
             self._tapes[count] = tape
-        return self._tapes[count].run(batch, step).to(torch.float32, copy=True)
+        return self._tapes[count].run(batch, step)
 
     def run_once(self, batch: Batch, connector: KVConnector | None) -> torch.Tensor:
         """The same of any batch; the connector is told of each layer when it is done."""

@@ -29,7 +29,9 @@ class BatchBuilder:
     def __init__(self, block_size: int, device: torch.device) -> None:
         self._block_size = block_size
         self._device = device
+        self._stays_here = device.type == "cpu"
         self._integers = np.empty((4, 0), np.int64)
+        self._rows: list[np.ndarray] = []
         self._tables = np.empty((0, 0), np.int32)
         # Of each row of _tables: whose blocks it has, and how many. A sequence's table only grows,
         # or is another list.
@@ -60,14 +62,17 @@ class BatchBuilder:
         )
         batch = Batch(ids, places, slot_mapping, query_start, ends, table, logit_rows)
         last = single_rows(batch)
-        return on_device(batch if last is None else replace(batch, last=last), self._device)
+        if last is not None:
+            batch = replace(batch, last=last)
+        return batch if self._stays_here else on_device(batch, self._device)
 
     def _write_integers(self, *parts: list[int]) -> None:
         most = max(map(len, parts))
         if self._integers.shape[1] < most:
             self._integers = np.empty((len(parts), 2 * most), np.int64)
+            self._rows = list(self._integers)
             self._sizes = ()
-        for row, part in zip(self._integers, parts, strict=True):
+        for row, part in zip(self._rows, parts, strict=True):
             struct.pack_into(f"{len(part)}q", row, 0, *part)
 
     def _write_tables(self, tables: Seq[list[int]]) -> None:

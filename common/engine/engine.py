@@ -312,13 +312,15 @@ class Engine:
         batch = self.runner.build_batch(plan)
         if flight is not None and flight.draw is not None:
             take_tokens(batch, plan, flight.sampled, flight.draw.tokens)
-        logits = self.runner.forward(batch, self._hears_of_layers)
         sampled = [s for s, wanted in zip(plan.sequences, plan.sampled, strict=True) if wanted]
-        rest = None
-        # A view is code that the step has pushed out of the caches, so none is made in vain.
-        if any(plan.prompt_rows):
-            logits, rest = logits[: len(sampled)], logits[len(sampled) :]
-        draw = self._sampler.draw(logits, sampled) if sampled else None
+        draw = rest = None
+        with torch.inference_mode():
+            logits = self.runner.forward(batch, self._hears_of_layers)
+            # A view is code that the step has pushed out of the caches, so none is made in vain.
+            if any(plan.prompt_rows):
+                logits, rest = logits[: len(sampled)], logits[len(sampled) :]
+            if sampled:
+                draw = self._sampler.draw(logits, sampled)
         return _Flight(plan, rest, sampled, draw)
 
     def _go_on(self, flight: _Flight) -> list[RequestOutput]:

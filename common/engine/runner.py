@@ -18,6 +18,7 @@ from common.engine.config import EngineConfig, ModelConfig
 from common.engine.device import move
 from common.engine.device_pages import CudaBus, DevicePages
 from common.engine.graphs import DecodeGraphs, StaticBatch, bucket_sizes, warm_up
+from common.engine.inference import in_inference_mode
 from common.engine.kernels import (
     check_batch_invariant,
     check_fp8_attention,
@@ -272,7 +273,7 @@ class ModelRunner:
             os.close(self._place.meeting_fd)
             self._place = None
 
-    @torch.inference_mode()
+    @in_inference_mode
     def forward(self, batch: Batch, connector: KVConnector | None = None) -> torch.Tensor:
         """Runs a step: writes the KV of the batch's tokens, returns the logits of its
         `logit_rows`, [num_logits, vocab] float32. The connector is told of each layer.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from common.engine.device import Fetched, move
+from common.engine.inference import in_inference_mode
 from common.engine.logits import process
 from common.engine.logprobs import describe, log_softmax, measure, unusable_logits
 from common.engine.sampling_params import SamplingParams
@@ -82,7 +83,7 @@ class Sampler:
         """
         return self.draw(logits, sequences).results()
 
-    @torch.inference_mode()
+    @in_inference_mode
     def draw(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> "Draw":
         """As `sample`, whose results the device may still be computing."""
         raw = _RawLogprobs(logits, sequences)
@@ -127,7 +128,6 @@ class Draw:
         chosen = [tokens, given] if isinstance(tokens, torch.Tensor) else []
         self._fetched = Fetched([*chosen, *raw.measure(tokens)])
 
-    @torch.inference_mode()
     def results(self) -> list[Sampled]:
         """One a row, when they are there."""
         found, given, measured = self.tokens, self._given, self._fetched.wait()

@@ -26,7 +26,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 # Requests, prompt tokens, output tokens.
-POINTS = ((1, 128, 128), (16, 128, 128), (64, 128, 128), (16, 1024, 16), (1, 4000, 64))
+ALONE = (1, 128, 128)
+POINTS = (ALONE, (16, 128, 128), (64, 128, 128), (16, 1024, 16), (1, 4000, 64))
 MAX_LEN, MAX_SEQS, KV_GIB = 4160, 64, 1
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
@@ -274,17 +275,17 @@ def _stat(folder: Path) -> list[str]:
         return []
 
 
-def read_bandwidth() -> float:
-    """Bytes a second that all cores together read from memory, the best of several passes."""
+def read_bandwidths() -> list[float]:
+    """Bytes a second that all cores together read from memory, in each of several passes."""
     import torch
 
-    block = torch.ones(2**27)
-    best = 0.0
+    block, found = torch.ones(2**27), []
+    block.sum()
     for _ in range(8):
         started = time.perf_counter()
         block.sum()
-        best = max(best, block.nbytes / (time.perf_counter() - started))
-    return best
+        found.append(block.nbytes / (time.perf_counter() - started))
+    return found
 
 
 def main() -> None:
@@ -322,6 +323,8 @@ def measure(engines: list[Engine], points: tuple, rounds: int) -> None:
     """Prints a table of medians, and each engine's memory."""
     rates: dict[tuple, list[float]] = {}
     times: dict[tuple, list[float]] = {}
+    # Of each round: what memory gives changes from one minute to the next where others share it.
+    bandwidths: list[list[float]] = []
     draw = random.Random(0)
     # The first round is not counted: every engine meets each shape once before.
     for number in range(rounds + 1):
@@ -339,6 +342,8 @@ def measure(engines: list[Engine], points: tuple, rounds: int) -> None:
                     rate = requests * count / answer["seconds"]
                     rates.setdefault((point, engine.name), []).append(rate)
                     times.setdefault((point, engine.name), []).append(used)
+            if number and point == ALONE:
+                bandwidths.append(read_bandwidths())
         print(f"round {number} of {rounds} done, load {os.getloadavg()[0]:.1f}", flush=True)
     names = [engine.name for engine in engines]
     print("\n| requests | in / out | " + " | ".join(names) + " | " +
@@ -361,12 +366,21 @@ def measure(engines: list[Engine], points: tuple, rounds: int) -> None:
         print(f"  {point[0]} x {point[1]}/{point[2]}: " + ", ".join(cells))
     for engine in engines:
         print(f"{engine.name}: {engine.rss_bytes() / 2**20:.0f} MiB resident")
-    bandwidth = read_bandwidth()
     weights = sum(_matrix_bytes())
-    print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s; the matrices have {weights / 1e6:.1f} MB")
-    if (alone := (1, 128, 128)) in points and "baton" in names:
-        used = weights * statistics.median(rates[alone, "baton"])
-        print(f"baton at batch 1 reads {used / 1e9:.1f} GB/s of weights: {used / bandwidth:.0%}")
+    print(f"the matrices have {weights / 1e6:.1f} MB")
+    if bandwidths and "baton" in names:
+        _print_reading([weights * rate for rate in rates[ALONE, "baton"]], bandwidths)
+
+
+def _print_reading(reads: list[float], bandwidths: list[list[float]]) -> None:
+    """Bytes of weights a second in each round, beside what memory gave then."""
+    best = [max(passes) for passes in bandwidths]
+    middle = [statistics.median(passes) for passes in bandwidths]
+    print(f"baton at batch 1 reads {statistics.median(reads) / 1e9:.1f} GB/s of weights")
+    for name, limits in (("median", middle), ("best", best)):
+        part = statistics.median(a / b for a, b in zip(reads, limits, strict=True))
+        limit = statistics.median(limits) / 1e9
+        print(f"  {part:.0%} of the read bandwidth, {limit:.1f} GB/s, the {name} pass of a round")
 
 
 def _matrix_bytes() -> list[int]:

@@ -41,7 +41,7 @@ class LateBus:
     def _come(self, rows: torch.Tensor, asked_by: int) -> np.ndarray:
         self.waited += threading.get_ident() == asked_by
         assert self.open.wait(PATIENCE_S), "the bus was closed and not opened again"
-        time.sleep(self._delay_s)
+        time.sleep(self._delay_s)  # what a bus takes
         if self.breaks:
             self.breaks -= 1
             raise RuntimeError("the bus broke")

@@ -2,7 +2,6 @@
 goes wrong in one step is not another's."""
 
 import threading
-import time
 from contextlib import contextmanager
 
 import pytest
@@ -17,6 +16,7 @@ from tests.engine.test_engine import PATIENCE_S, Listener, request
 from tests.engine.test_steps_ahead import make_requests
 from tests.engine.zoo import checkpoint, expected_greedy, random_prompt
 from tests.kv.test_conformance import EXAMPLE
+from tests.support.mesh import wait_until
 
 
 @contextmanager
@@ -56,9 +56,9 @@ def saved_by(ahead, folder, requests, **settings):
                 [*one.prompt_token_ids, *tokens][:-1], 16, engine.runner.fingerprint
             )
         }
-        end = time.monotonic() + PATIENCE_S
-        while len(list(folder.iterdir())) < len(expected) and time.monotonic() < end:
-            time.sleep(0.01)
+        wait_until(
+            lambda: len(list(folder.iterdir())) >= len(expected), PATIENCE_S, "all blocks saved"
+        )
     frames = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert set(frames) == expected
     blocks = {name: bytes(decode_block(frame).payload) for name, frame in frames.items()}

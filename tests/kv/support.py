@@ -42,7 +42,7 @@ def until(condition: Callable[[], object], seconds: float = 10.0) -> object:
         value = condition()
         if value:
             return value
-        time.sleep(0.002)
+        time.sleep(0.002)  # what other threads do is told to nobody
     raise AssertionError(f"not true within {seconds} s: {condition}")
 
 

@@ -217,6 +217,7 @@ def test_what_a_worker_of_one_size_began_a_worker_of_another_size_ends(start):
 
 def test_an_aborted_handoff_leaves_the_pages_to_others(start):
     prefill, decode = start("prefill", 32, step_tokens=16), start("decode", 8)
+    # A step takes its time, so that the abort comes before the last.
     prefill.worker.on_turn = lambda w: time.sleep(0.01)
     decode.submit("gone", prompt_of(300, seed=1), transfer=from_(prefill))
     decode.turns_until(lambda: decode.connector._events["handoff_blocks_received"])

@@ -36,7 +36,7 @@ class Faults:
         while (left := count - self.done.total()) > 0:
             nodes = self._victims(rng, 2 if left > 1 and rng.random() < 0.2 else 1)
             await asyncio.gather(*(self._disturb(node, rng) for node in nodes))
-            await asyncio.sleep(rng.uniform(0.2, 3.0))
+            await asyncio.sleep(rng.uniform(0.2, 3.0))  # undisturbed
 
     def _victims(self, rng: random.Random, count: int) -> list[Node]:
         roles = rng.choices(list(ROLES), list(ROLES.values()), k=count)
@@ -51,17 +51,17 @@ class Faults:
         self.done[f"{kind} {node.role}"] += 1
         if kind == "kill":
             await asyncio.to_thread(node.end, signal.SIGKILL, 10)
-            await asyncio.sleep(length_s / 4)
+            await asyncio.sleep(length_s / 4)  # how long it is gone
             node.start()
         elif kind == "pause":
             with self._silent(node):
                 node.send(signal.SIGSTOP)
-                await asyncio.sleep(length_s)
+                await asyncio.sleep(length_s)  # how long it lasts
                 node.send(signal.SIGCONT)
         elif kind == "cut":
             with self._silent(node):
                 self.mesh.network.cut(node.name)
-                await asyncio.sleep(length_s)
+                await asyncio.sleep(length_s)  # how long it lasts
                 self.mesh.network.mend(node.name)
         else:
             await self._restart(node)

@@ -247,7 +247,7 @@ def test_choices_after_the_first_wait_until_its_prompt_is_computed(client, fake,
 
     async def behaviour(submit):
         said.append((submit.sampling.seed, len(fake.submits)))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)  # the prompt is computed
         async for delta in say([40, END])(submit):
             yield delta
 

@@ -105,7 +105,7 @@ async def test_places_are_given_in_the_order_of_asking_and_given_back_by_who_lea
     tasks = []
     for name, hold in zip("abc", holds, strict=True):
         tasks.append(asyncio.create_task(ask(name, hold)))
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # it is in the queue
     assert (admission.in_flight, admission.waiting) == (1, 2)
     with pytest.raises(Overloaded):
         async with admission.admit(time.monotonic() + 10):

@@ -1,6 +1,7 @@
 """Workers without a model (baton.conformance), and a prefill worker made of one."""
 
 import asyncio
+import random
 import secrets
 import threading
 import time
@@ -33,6 +34,11 @@ def card_of(block_size: int) -> worker_pb2.ModelCard:
 
 
 CARD = card_of(BLOCK_SIZE)
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(1000) for _ in range(length)]
 
 
 def until(condition: Callable[[], object], seconds: float = 10.0) -> object:

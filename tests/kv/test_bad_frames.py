@@ -66,7 +66,7 @@ class Rig:
     async def prefill(self, address, request, timeout_s, metadata):
         self.calls.append(request)
         self.called.set()
-        await asyncio.sleep(3600)
+        await asyncio.Event().wait()
 
     def begin(self, request_id: str = "r", **kwargs) -> worker_pb2.PrefillRequest:
         """The request that a prefill worker gets for PROMPT."""

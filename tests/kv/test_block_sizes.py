@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from common.kv.connectors import sender
 from common.kv.connectors.copies import HostCopies
 from common.kv.connectors.handoff import HandoffReceiver
 from common.kv.connectors.pages import pages_of
 from common.kv.handoff import HandoffPolicy, PrefillCandidates
 from common.kv.layout import ELEMENT_BYTES, SCALE_BYTES, KVLayout, block_sizes_fit
-from tests.kv.support import LAYOUT, PrefillWorker, Worker, card_of, until
+from tests.kv.support import LAYOUT, PrefillWorker, Worker, card_of, prompt_of, until
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("one_layer_a_frame")]
 POLICY = HandoffPolicy(min_tokens=8, lease_s=10.0, stall_timeout_s=5.0)
 # Prefill and decode.
 SIZES = [(8, 16), (16, 8), (16, 32), (32, 16), (1, 16), (16, 1), (24, 72)]
@@ -80,11 +79,6 @@ def test_blocks_of_another_size_are_cut_from_pages(size, to_size, kv_dtype):
 # Handing over: each step checks every byte that attention reads --------------------------------
 
 
-@pytest.fixture(autouse=True)
-def one_layer_a_frame(monkeypatch):
-    monkeypatch.setattr(sender, "MIN_FRAME_BYTES", 1)
-
-
 @pytest.fixture
 def start(request):
     """Starts workers of a block size."""
@@ -106,11 +100,6 @@ def start(request):
         return Worker(connector, block_size=block_size, **fields)
 
     return begin
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(1000) for _ in range(length)]
 
 
 def from_(*prefills: PrefillWorker) -> PrefillCandidates:

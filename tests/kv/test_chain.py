@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import random
 
 import pytest
 
@@ -15,15 +14,10 @@ from common.kv.handoff import HandoffPolicy, PrefillCandidates
 from common.rpc.loop import LoopThread
 from tests.kv.fake_store import FakeStore
 from tests.kv.store_process import StoreProcess
-from tests.kv.support import CARD, PrefillWorker, Worker, until
+from tests.kv.support import CARD, PrefillWorker, Worker, prompt_of, until
 
 pytestmark = pytest.mark.timeout(60)
 PATIENT = StoreSettings(lookup_timeout_s=5.0)
-
-
-def prompt_of(length: int, seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(1000) for _ in range(length)]
 
 
 @pytest.fixture(scope="module")

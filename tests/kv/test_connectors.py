@@ -208,7 +208,7 @@ def test_a_status_that_nobody_knows_is_a_refusal(sender, receiver):
 
 def test_a_receiver_that_never_answers_costs_no_more_than_the_lease(sender, receiver):
     async def never(count):
-        await asyncio.sleep(3600)
+        await asyncio.Event().wait()
 
     receiver.answer = never
     result = send(sender, target(receiver.address, lease_ms=300))
@@ -218,7 +218,7 @@ def test_a_receiver_that_never_answers_costs_no_more_than_the_lease(sender, rece
 
 def test_an_abort_ends_the_transfer_and_frees_the_blocks(sender, receiver):
     async def never(count):
-        await asyncio.sleep(3600)
+        await asyncio.Event().wait()
 
     receiver.answer = never
     worker = Worker(sender, step_tokens=16)
@@ -234,7 +234,7 @@ def test_an_abort_ends_the_transfer_and_frees_the_blocks(sender, receiver):
 
 def test_forgetting_a_request_stops_its_transfer(sender, receiver):
     async def never(count):
-        await asyncio.sleep(3600)
+        await asyncio.Event().wait()
 
     receiver.answer = never
     worker = Worker(sender)
@@ -270,7 +270,7 @@ def test_a_loop_thread_runs_coroutines_and_cancels_what_is_left_at_its_end():
 
     async def forever():
         try:
-            await asyncio.sleep(3600)
+            await asyncio.Event().wait()
         finally:
             ended.append(True)
 
@@ -293,7 +293,7 @@ def test_cancelling_a_future_of_a_loop_thread_cancels_its_task():
     async def forever():
         events.append("began")
         try:
-            await asyncio.sleep(3600)
+            await asyncio.Event().wait()
         except asyncio.CancelledError:
             events.append("cancelled")
             raise

@@ -1,7 +1,6 @@
 """From a prefill worker to a decode worker over real sockets: the right KV or none."""
 
 import asyncio
-import random
 import threading
 import time
 from dataclasses import replace
@@ -16,22 +15,10 @@ from common.kv.handoff import HandoffPolicy, PrefillCandidates
 from common.kv.transports import DataPlane
 from common.kv.wire import FRAME_OVERHEAD_BYTES
 from common.telemetry.tracing import Tracing, context_of, inject
-from tests.kv.support import BLOCK_SIZE, CARD, LAYOUT, PrefillWorker, Worker, until
+from tests.kv.support import BLOCK_SIZE, CARD, LAYOUT, PrefillWorker, Worker, prompt_of, until
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("one_layer_a_frame")]
 POLICY = HandoffPolicy(min_tokens=8, lease_s=10.0, stall_timeout_s=5.0)
-
-
-@pytest.fixture(autouse=True)
-def one_layer_a_frame(monkeypatch):
-    """As with a big model, whose layers are over the size up to which they go together."""
-    monkeypatch.setattr(sender, "MIN_FRAME_BYTES", 1)
-    monkeypatch.setattr(sender, "EARLY_FRAME_BYTES", 1)
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(1000) for _ in range(length)]
 
 
 def receiver(**kwargs) -> HandoffReceiver:
@@ -97,7 +84,7 @@ def test_blocks_come_while_the_prompt_is_still_computed():
     def watch(worker: Worker) -> None:
         if decode.connector._events["handoff_blocks_received"] and not steps_at_first_block:
             steps_at_first_block.append(worker.computed_tokens)
-        time.sleep(0.01)
+        time.sleep(0.01)  # a step takes its time, as a real one does
 
     prefill.worker.on_turn = watch
     decode.submit("r", prompt_of(400), transfer=from_(prefill))

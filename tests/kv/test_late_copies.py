@@ -1,31 +1,18 @@
 """A device whose copies come late, out of the engine's turns: over real sockets and to a real store
 go the bytes that the pages held, no turn waits for them, and one that fails harms no other."""
 
-import random
 import threading
 
 import pytest
 
 from baton.conformance.late import LateBus
-from common.kv.connectors import sender
 from common.kv.connectors.handoff import HandoffReceiver
 from common.kv.connectors.store import StoreConnector, StoreSettings
 from common.kv.handoff import HandoffPolicy, PrefillCandidates
 from tests.kv.fake_store import FakeStore
-from tests.kv.support import CARD, LAYOUT, PrefillWorker, Worker, until
+from tests.kv.support import CARD, LAYOUT, PrefillWorker, Worker, prompt_of, until
 
-pytestmark = pytest.mark.timeout(60)
-
-
-@pytest.fixture(autouse=True)
-def one_layer_a_frame(monkeypatch):
-    monkeypatch.setattr(sender, "MIN_FRAME_BYTES", 1)
-    monkeypatch.setattr(sender, "EARLY_FRAME_BYTES", 1)
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(1000) for _ in range(length)]
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("one_layer_a_frame")]
 
 
 @pytest.fixture

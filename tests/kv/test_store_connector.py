@@ -1,7 +1,6 @@
 """Prompts whose blocks a kvstore has, and what happens when it is slow, wrong or gone."""
 
 import asyncio
-import random
 import time
 
 import pytest
@@ -12,15 +11,10 @@ from common.kv.connectors.store import StoreConnector, StoreSettings
 from common.kv.wire import BlockRange, encode_block
 from tests.kv.fake_store import FakeStore
 from tests.kv.store_process import StoreProcess
-from tests.kv.support import LAYOUT, Worker, until
+from tests.kv.support import LAYOUT, Worker, prompt_of, until
 
 pytestmark = pytest.mark.timeout(60)
 PATIENT = StoreSettings(lookup_timeout_s=5.0)
-
-
-def prompt_of(length: int, seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(1000) for _ in range(length)]
 
 
 @pytest.fixture(scope="module")

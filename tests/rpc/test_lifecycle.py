@@ -70,7 +70,7 @@ def test_a_second_signal_ends_the_process_at_once():
     deadline = time.monotonic() + 20
     while process.poll() is None and time.monotonic() < deadline:
         process.send_signal(signal.SIGINT)
-        time.sleep(0.05)
+        time.sleep(0.05)  # signals that come at once are one
     assert end(process)[0] == 128 + signal.SIGINT
 
 
@@ -128,7 +128,7 @@ def test_a_child_ends_when_its_parent_dies(tmp_path):
     parent.communicate(timeout=10)
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and running(child):
-        time.sleep(0.02)
+        time.sleep(0.02)  # the end of another's child is told to nobody
     assert not running(child)
 
 

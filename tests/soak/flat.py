@@ -79,7 +79,7 @@ def settled(take: Callable[[], list[Sample]]) -> list[Sample]:
     end = time.monotonic() + SETTLE_S
     last = take()
     while True:
-        time.sleep(SETTLE_STEP_S)
+        time.sleep(SETTLE_STEP_S)  # others close their ends meanwhile
         now = take()
         if [s.descriptors for s in now] == [s.descriptors for s in last] or time.monotonic() > end:
             return now

@@ -61,7 +61,7 @@ class Worker:
                 raise AssertionError(f"{self.role} exited {self.process.returncode}: {self.text()}")
             if time.monotonic() > end:
                 raise AssertionError(f"{self.role} not ready in {START_S} s: {self.text()}")
-            time.sleep(0.02)
+            time.sleep(0.02)  # the log does not tell when it grows
         self.address = f"127.0.0.1:{events[0]['port']}"
         return self
 
@@ -124,7 +124,7 @@ async def until(condition, what, deadline_s=10.0):
             return answer
         if time.monotonic() > end:
             raise AssertionError(f"{what}: not within {deadline_s} s")
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # other processes do not tell when it holds
 
 
 class Reply:

@@ -169,7 +169,7 @@ async def test_a_frame_may_take_the_place_of_one_whose_answer_is_only_just_out(p
 
     async def slowly(loop, sock, head, body=b""):
         await send_all(loop, sock, head, body)
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)  # slowly
 
     monkeypatch.setattr(frames, "send_all", slowly)
     for number in range(3):
@@ -239,7 +239,7 @@ async def test_reads_that_the_sender_has_to_answer_arrive_intact_and_soon(by_tcp
         await (await link.send(b"", payload))
         slowest = max(slowest, time.monotonic() - started)
         assert inbox.frames.pop() == payload
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # both sides go to sleep
     assert slowest < 0.9
 
 
@@ -252,7 +252,7 @@ async def test_waiting_for_an_answer_does_not_spin(by_tcp, pair):
     answer = await link.send(b"", bytes(1_000_000))
     await until(lambda: inbox.frames)
     before = cpu_seconds()
-    await asyncio.sleep(1.0)
+    await asyncio.sleep(1.0)  # the time that is measured
     assert cpu_seconds() - before < 0.1
     inbox.hold.set()
     assert await answer == 0
@@ -267,7 +267,7 @@ async def test_a_sender_that_is_stopped_costs_the_receiver_no_core(by_tcp, pair)
     peer.stop_running()
     await asyncio.sleep(0.3)  # what was on its way
     held, before = len(inbox.frames), cpu_seconds()
-    await asyncio.sleep(1.0)
+    await asyncio.sleep(1.0)  # the time that is measured
     assert cpu_seconds() - before < 0.2
     assert len(inbox.frames) == held < 60
     peer.go_on()
@@ -284,9 +284,9 @@ async def test_a_receiver_that_is_stopped_costs_the_sender_no_core(by_tcp):
     await link.probe()
     peer.stop_running()
     answer = await link.send(b"1234", bytes(30_000_000))
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(0.2)  # what was on its way
     before = cpu_seconds()
-    await asyncio.sleep(1.0)
+    await asyncio.sleep(1.0)  # the time that is measured
     assert cpu_seconds() - before < 0.2
     assert not answer.done()
     peer.go_on()

@@ -62,7 +62,7 @@ async def idle(name: str, seconds: str) -> None:
     link = await sender.open(await receiver.listen(on_frame))
     await link.probe()
     before = time.process_time()
-    await asyncio.sleep(float(seconds))
+    await asyncio.sleep(float(seconds))  # the time that is measured
     print(time.process_time() - before, flush=True)
     await sender.close()
     await receiver.close()

@@ -107,7 +107,7 @@ async def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not true within {seconds} s"
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(0.005)  # other processes do not tell when it holds
 
 
 def open_files() -> list[str]:

@@ -133,8 +133,8 @@ async def test_a_cancelled_send_does_not_spoil_the_link_for_others(pair):
     link = await sender.open(await receiver.listen(inbox))
     payload = bytes(64_000_000)
     task = asyncio.create_task(link.send(b"big", payload))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await asyncio.sleep(0)  # it begins
+    await asyncio.sleep(0)  # and writes
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -241,7 +241,7 @@ async def test_a_sender_killed_while_it_sends_leaves_nothing_behind(process, nam
         await until(lambda: len(inbox.frames) > 3)
         peer.kill()
         inbox.frames.clear()
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # frames are let go of
         if before is None:
             # The first link may have loaded what stays loaded.
             await until(lambda: _quiet(receiver), 1.0)
@@ -268,7 +268,7 @@ async def test_everything_is_given_back_on_close(name):
         await (await sender.open(await receiver.listen(Inbox()))).probe()
     del receiver, sender
     gc.collect()
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0.05)  # what asyncio closes later is closed
     before = open_files()
     async with ends(name) as (receiver, sender):
         link = await sender.open(await receiver.listen(Inbox()))

@@ -135,7 +135,7 @@ async def test_a_better_transport_is_tried_again_after_a_pause_beside_the_traffi
         assert await ends.send() == "shm"
         await (await ends.sender.connect(ends.address)).close()
         assert await ends.send() == "tcp"
-        await asyncio.sleep(0.06)
+        await asyncio.sleep(0.06)  # the pause
         lower = await ends.sender.connect(ends.address)
         await until(lambda: ends.sender.links() == {ends.address: "shm"})
         assert await ends.send() == "shm"
@@ -150,7 +150,7 @@ async def test_a_transport_that_keeps_failing_is_left_alone_for_longer_and_longe
         peer = ends.sender._peers[ends.address]
         pauses = [peer.pauses_s["shm"]]
         for _ in range(3):
-            await asyncio.sleep(pauses[-1] + 0.01)
+            await asyncio.sleep(pauses[-1] + 0.01)  # the pause
             await ends.sender.connect(ends.address)
             await until(lambda: peer.pauses_s["shm"] > pauses[-1])
             pauses.append(peer.pauses_s["shm"])

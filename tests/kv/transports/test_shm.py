@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import os
+import select
 import socket
 import stat
 
@@ -115,7 +116,7 @@ async def test_the_memory_of_a_link_cannot_be_shrunk_by_its_peer(pair):
     sock.setblocking(False)
     loop = asyncio.get_running_loop()
     await loop.sock_connect(sock, str(shm.FOLDER / offer["folder"] / "socket"))
-    await asyncio.sleep(0.05)
+    await until(lambda: select.select([sock], [], [], 0)[0])
     _, (file,), _, _ = socket.recv_fds(sock, 1, 1)
     with pytest.raises(PermissionError):
         os.ftruncate(file, 0)
@@ -168,7 +169,7 @@ async def test_frames_wait_for_room_in_the_memory_and_are_sent_in_order(pair):
     size = IN_FLIGHT_BYTES // 4
     sends = [asyncio.create_task(link.send(bytes([n]), bytes(size))) for n in range(6)]
     await until(lambda: len(inbox.frames) == 3)
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0.05)  # a fourth would come within it
     assert len(inbox.frames) == 3
     inbox.hold.set()
     answers = await asyncio.gather(*sends)

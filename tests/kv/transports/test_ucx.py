@@ -88,7 +88,7 @@ async def test_a_transfer_is_not_held_up_by_missing_events(pair):
         started = time.monotonic()
         await (await link.send(b"", bytes(size)))
         slowest = max(slowest, time.monotonic() - started)
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # both sides go to sleep
     assert slowest < 0.9
 
 
@@ -101,7 +101,7 @@ async def test_waiting_for_an_answer_does_not_spin(pair):
     await link.probe()
     answer = await link.send(b"", bytes(1_000_000))
     before = cpu_seconds()
-    await asyncio.sleep(1.0)
+    await asyncio.sleep(1.0)  # the time that is measured
     assert cpu_seconds() - before < 0.2
     inbox.hold.set()
     assert await answer == 0
@@ -115,9 +115,9 @@ async def test_a_receiver_that_is_stopped_costs_the_sender_no_core():
     await link.probe()
     peer.stop_running()
     send = asyncio.create_task(link.send(b"1234", bytes(30_000_000)))
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(0.2)  # what was on its way
     before = cpu_seconds()
-    await asyncio.sleep(1.0)
+    await asyncio.sleep(1.0)  # the time that is measured
     assert cpu_seconds() - before < 0.3
     assert not send.done()
     peer.go_on()
